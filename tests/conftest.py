@@ -1,0 +1,47 @@
+import os
+
+
+# Before any Hugging Face import: no hub, no telemetry, and few threads on a small machine.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from PIL import Image, ImageDraw
+from tiny import tiny_model
+
+
+ARCHITECTURES = ("qwen2_5_vl", "internvl", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> dict[str, str]:
+    """Tiny random models saved to disk, by architecture."""
+    return {name: tiny_model(name, tmp_path_factory.mktemp(name)) for name in ARCHITECTURES}
+
+
+def picture(color: str, size: tuple[int, int] = (56, 56)) -> Image.Image:
+    image = Image.new("RGB", size, "white")
+    ImageDraw.Draw(image).rectangle([8, 8, 40, 40], fill=color)
+    return image
+
+
+def make_rows(images: bool, n: int = 8) -> list[dict]:
+    """Rollouts of one to four steps; with pictures, every third row has none and every fourth has two."""
+    rows = []
+    for index in range(n):
+        steps = [f"the tile {number} is {'red' if number % 2 else 'blue'}" for number in range(1 + index % 4)]
+        pictures = [] if index % 3 == 2 else [picture("red")] + [picture("blue", (56, 28))] * (index % 4 == 3)
+        rows.append(
+            {
+                "images": pictures if images else [],
+                "prompt": f"How many tiles of {index}?",
+                "completions": steps,
+                "labels": [
+                    (1 + (index + number) % 4) / 4 if "red" in step else 0.0 for number, step in enumerate(steps)
+                ],
+                "source": "ab"[index % 2],
+                "rollout_id": f"{'ab'[index % 2]}:{index}",
+            }
+        )
+    return rows

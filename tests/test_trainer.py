@@ -1,0 +1,345 @@
+"""Training on real components: tiny random models with their real processors, peft, bitsandbytes."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_rows
+from datasets import Dataset, Features, Image, List, Value
+from peft import LoraConfig, PeftModel
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+from trl_mprm import ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
+from trl_mprm.collator import DataCollatorForProcessReward
+from trl_mprm.modeling import load_model, load_processing_class, modules_beside_decoder
+from trl_mprm.rendering import StepFormat
+
+
+FEATURES = Features(
+    {
+        "images": List(Image()),
+        "prompt": Value("string"),
+        "completions": List(Value("string")),
+        "labels": List(Value("float64")),
+        "source": Value("string"),
+        "rollout_id": Value("string"),
+    }
+)
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)
+
+
+def dataset(architecture: str, n: int = 8) -> Dataset:
+    return Dataset.from_list(make_rows(images=architecture != "qwen2", n=n), features=FEATURES)
+
+
+def config(folder, **kwargs) -> ProcessRewardConfig:
+    defaults = {
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "warmup_steps": 0,
+    }
+    return ProcessRewardConfig(str(folder), **{**defaults, **kwargs})
+
+
+def losses(trainer: ProcessRewardTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def trainer_scores(trainer: ProcessRewardTrainer, rows: list[dict]) -> list[list[float]]:
+    return ProcessRewardModel(trainer.model, trainer.processing_class, trainer.step_format).score_batch(rows)
+
+
+def flat(scores: list[list[float]]) -> list[float]:
+    return [score for row in scores for score in row]
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_trains_saves_and_loads(architecture, mode, tiny_folders, tmp_path):
+    """Loss falls, trainable parameters move, frozen ones do not, and the saved model scores the same."""
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders[architecture],
+        args=config(tmp_path / "run", num_train_epochs=30, learning_rate=1e-2, per_device_train_batch_size=8),
+        train_dataset=dataset(architecture),
+        quantization_config=NF4 if mode == "qlora" else None,
+        peft_config=None if mode == "full" else LoraConfig(r=8),
+    )
+    before = parameters(trainer.model)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
+    after = dict(trainer.model.named_parameters())
+    for name, value in before.items():
+        moved = not torch.equal(value, after[name].detach())
+        assert moved == after[name].requires_grad, f"{name}: moved {moved}, trainable {after[name].requires_grad}"
+        if "vision_tower" in name or ("visual" in name and "merger" not in name):
+            assert not after[name].requires_grad
+    trainable = [name for name in before if after[name].requires_grad]
+    if mode != "full":
+        assert any("trainable_tokens" in name for name in trainable)
+        assert all("vision" not in name and "visual" not in name for name in trainable)
+
+    trainer.save_model()
+    assert not list((tmp_path / "run").glob("*.bin"))
+    rows = make_rows(images=architecture != "qwen2", n=5)
+    expected = trainer_scores(trainer, rows)
+    loaded = ProcessRewardModel.from_pretrained(tmp_path / "run", quantization_config=NF4 if mode == "qlora" else None)
+    assert flat(loaded.score_batch(rows)) == pytest.approx(flat(expected), abs=1e-5)
+    assert isinstance(loaded.model, PeftModel) == (mode != "full")
+    if mode != "full":
+        merged = loaded.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        again = ProcessRewardModel.from_pretrained(tmp_path / "merged")
+        assert not isinstance(again.model, PeftModel) and not getattr(again.model, "is_quantized", False)
+        assert flat(again.score_batch(rows)) == pytest.approx(flat(expected), abs=1e-4)
+
+
+def test_adapter_scores_the_same_in_a_new_process(tiny_folders, tmp_path):
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2"],
+        args=config(tmp_path),
+        train_dataset=dataset("qwen2"),
+        peft_config=LoraConfig(r=4),
+    )
+    trainer.train()
+    trainer.save_model()
+    code = (
+        "import json, sys; from trl_mprm import ProcessRewardModel\n"
+        "prm = ProcessRewardModel.from_pretrained(sys.argv[1])\n"
+        "print(json.dumps(prm.score([], 'How many?', ['one', 'two tiles'])))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    row = {"prompt": "How many?", "completions": ["one", "two tiles"]}
+    assert json.loads(result.stdout.splitlines()[-1]) == pytest.approx(trainer_scores(trainer, [row])[0], abs=1e-6)
+
+
+def test_quantises_the_decoder_only(tiny_folders):
+    for architecture in ARCHITECTURES:
+        model = load_model(tiny_folders[architecture], NF4)
+        quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        beside = tuple(modules_beside_decoder(model))
+        assert quantised == {name for name in linears if not name.startswith(beside)}
+        assert len(quantised) == 14  # two layers of seven
+        assert beside[-1] == "lm_head"
+        assert all(not m.support_avx512bf16_for_cpu for m in model.modules() if type(m).__name__ == "Linear4bit")
+
+
+def test_4bit_gradients_survive_an_evaluation(tiny_folders, tmp_path):
+    """bitsandbytes >= 0.49 repacks weights on eval() on some CPUs; gradients must be the same before and after."""
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2"],
+        args=config(tmp_path),
+        train_dataset=dataset("qwen2"),
+        eval_dataset=dataset("qwen2"),
+        quantization_config=NF4,
+        peft_config=LoraConfig(r=4, init_lora_weights=False),
+    )
+    batch = DataCollatorForProcessReward(trainer.processing_class)(make_rows(images=False))
+
+    def gradients() -> torch.Tensor:
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    first = gradients()
+    trainer.evaluate()
+    assert torch.equal(first, gradients())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lm_head_sees_the_labelled_markers_only(architecture, tiny_folders, tmp_path):
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders[architecture], args=config(tmp_path), train_dataset=dataset(architecture)
+    )
+    rows = make_rows(images=architecture != "qwen2")
+    rows[3]["labels"][1] = -100
+    batch = trainer.data_collator(rows)
+    seen = []
+    hook = trainer.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape[:-1].numel())
+    )
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    hook.remove()
+    n_labelled = sum(label != -100 for row in rows for label in row["labels"])
+    assert seen == [n_labelled]
+
+    # The plain path: all logits, softmax over the two reward tokens at the marker itself, mean over labelled steps.
+    labels = batch.pop("labels")
+    logits = trainer.model(**batch).logits[:, :, [trainer.step_ids.good, trainer.step_ids.bad]]
+    terms = []
+    for row in range(len(rows)):
+        for position in range(labels.shape[1]):
+            label = labels[row, position].item()
+            if label != -100:
+                assert batch["input_ids"][row, position] == trainer.step_ids.marker
+                terms.append(-logits[row, position].log_softmax(-1)[0 if label > 0 else 1])
+    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["hard", "soft"])
+def test_step_mean_is_exact_under_accumulation(loss_type, tiny_folders, tmp_path):
+    """One update from 8 rows at once equals one from 8 rows, two at a time, though rows have one to four steps."""
+    weights = []
+    for batch_size in (8, 2):
+        trainer = ProcessRewardTrainer(
+            model=tiny_folders["qwen2_5_vl"],
+            args=config(
+                tmp_path / str(batch_size),
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=8 // batch_size,
+                loss_type=loss_type,
+                optim="sgd",
+            ),
+            train_dataset=dataset("qwen2_5_vl"),
+        )
+        trainer.train()
+        assert trainer.state.global_step == 1
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_soft_labels_reach_the_loss_as_floats(tiny_folders, tmp_path):
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2"], args=config(tmp_path, loss_type="soft"), train_dataset=dataset("qwen2")
+    )
+    rows = make_rows(images=False)
+    batch = trainer.data_collator(rows)
+    assert batch["labels"].dtype == torch.float32
+    scores = flat(trainer_scores(trainer, rows))
+    labels = [label for row in rows for label in row["labels"]]
+    trainer.model.eval()
+    expected = -sum(y * math.log(p) + (1 - y) * math.log(1 - p) for y, p in zip(labels, scores, strict=True))
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected / len(labels), abs=1e-5)
+
+
+def test_evaluates_during_training(tiny_folders, tmp_path):
+    """Step metrics and the exact step mean of the loss, whatever the batch size; dict datasets; best checkpoint."""
+    results = []
+    for batch_size in (1, 3):
+        trainer = ProcessRewardTrainer(
+            model=tiny_folders["qwen2_5_vl"],
+            args=config(
+                tmp_path / str(batch_size),
+                eval_strategy="steps",
+                eval_steps=1,
+                save_strategy="steps",
+                save_steps=1,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_a_loss",
+                per_device_eval_batch_size=batch_size,
+            ),
+            train_dataset=dataset("qwen2_5_vl"),
+            eval_dataset={"a": dataset("qwen2_5_vl", 7), "b": dataset("qwen2_5_vl", 4)},
+        )
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "eval_a_loss" in entry]
+        assert len(logged) == 2 and {"eval_a_auc", "eval_a_macro_f1_pooled"} <= set(logged[0])
+        assert trainer.state.best_metric == min(entry["eval_a_loss"] for entry in logged)
+        results.append(logged)
+    rows = make_rows(images=True, n=7)
+    trainer.model.eval()
+    exact = trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+    assert exact == pytest.approx(min(entry["eval_a_loss"] for entry in results[1]), abs=1e-5)
+    for one, three in zip(*results, strict=True):
+        assert one["eval_a_loss"] == pytest.approx(three["eval_a_loss"], abs=1e-5)
+
+
+def test_streams_and_old_trl_rows(tiny_folders, tmp_path):
+    """Boolean labels, no other columns: the rows of TRL's PRMTrainer; also as a stream."""
+    rows = [
+        {"prompt": "2+2?", "completions": ["2+2", "is 4"], "labels": [True, True]},
+        {"prompt": "2+3?", "completions": ["is 4"], "labels": [False]},
+    ]
+    trained = []
+    for data in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        args = config(tmp_path, max_steps=3, seed=1, per_device_train_batch_size=2)
+        trainer = ProcessRewardTrainer(model=tiny_folders["qwen2"], args=args, train_dataset=data)
+        trainer.train()
+        trained.append(losses(trainer))
+    assert trained[0] == pytest.approx(trained[1], abs=1e-6)
+
+
+BAD = [
+    ({"labels": [0.5]}, r"rollout_id|row a:0: 1 labels for 2 steps, expected one label a step"),
+    ({"labels": [0.5, 1.5]}, r"row a:0: label of step 1 is 1.5, expected a number in \[0, 1\]"),
+    ({"labels": [float("nan"), 0.5]}, r"row a:0: label of step 0 is nan"),
+    ({"labels": [-100.0, -100.0]}, r"row a:0: every label is -100"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_rows_stop_before_training(change, message, tiny_folders, tmp_path):
+    row = {"prompt": "q", "completions": ["a", "b"], "labels": [0.0, 1.0], "rollout_id": "a:0"}
+    good = {**row, "rollout_id": "a:1"}
+    with pytest.raises(ValueError, match=message):
+        ProcessRewardTrainer(
+            model=tiny_folders["qwen2"],
+            args=config(tmp_path),
+            train_dataset=Dataset.from_list([good, {**row, **change}]),
+        )
+
+
+def test_bad_use_says_what_to_do(tiny_folders, tmp_path):
+    data = dataset("qwen2")
+    cases = [
+        ({"train_dataset": None}, "`train_dataset` is required"),
+        ({"train_dataset": data.remove_columns("labels")}, "has no column labels"),
+        ({"train_dataset": data.select([])}, "has no rows"),
+        ({"args": config(tmp_path, reward_tokens=["Correct", "Wrong"])}, "reward token 'Correct' is 7 tokens"),
+        ({"quantization_config": NF4}, "give a `peft_config`"),
+    ]
+    for change, message in cases:
+        kwargs = {"model": tiny_folders["qwen2"], "args": config(tmp_path), "train_dataset": data, **change}
+        with pytest.raises(ValueError, match=message):
+            ProcessRewardTrainer(**kwargs)
+    with pytest.raises(ValueError, match="loss_type is 'mse', expected one of hard, soft"):
+        config(tmp_path, loss_type="mse")
+    with pytest.raises(ValueError, match="row [ab]:.: 1 images came with a text-only model"):
+        ProcessRewardTrainer(
+            model=tiny_folders["qwen2"], args=config(tmp_path), train_dataset=dataset("qwen2_5_vl")
+        ).train()
+
+
+def test_a_processor_that_is_silently_a_tokenizer_is_refused(tmp_path, tiny_folders):
+    AutoTokenizer.from_pretrained(tiny_folders["internvl"]).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((open(tiny_folders["internvl"] + "/config.json", "rb")).read())
+    with pytest.raises((ValueError, OSError)):
+        load_processing_class(str(tmp_path), vision=True)
+
+
+def test_card_tells_the_run(tiny_folders, tmp_path):
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2_5_vl"],
+        args=config(tmp_path / "tiny-mprm", eval_strategy="epoch"),
+        train_dataset=dataset("qwen2_5_vl"),
+        eval_dataset=dataset("qwen2_5_vl", 5),
+        peft_config=LoraConfig(r=4),
+    )
+    trainer.train()
+    trainer.save_model()
+    text = (tmp_path / "tiny-mprm" / "README.md").read_text()
+    assert "# tiny-mprm" in text and "LoRA, rank 4" in text and "| a | 4 |" in text
+    assert "- process-reward-model" in text and "2602.04145" in text
+    steps = sum(len(row["completions"]) for row in make_rows(True))
+    assert f"8 rollouts with {steps} labelled steps" in text
+    assert f"loss {trainer.state.log_history[-2]['eval_loss']:.4f}" in text
+    assert str(tmp_path) not in text and tiny_folders["qwen2_5_vl"] not in text
+    assert StepFormat.load(tmp_path / "tiny-mprm") == StepFormat()

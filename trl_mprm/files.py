@@ -1,0 +1,44 @@
+"""Outputs that appear under their name only when they are complete."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Yield a temporary path beside `path`; rename it to `path` when the block ends, delete it when the block raises.
+
+    Examples:
+    ```python
+    >>> import tempfile, pathlib
+    >>> from trl_mprm.files import atomic_output
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> with atomic_output(folder / "a.txt") as part:
+    ...     _ = part.write_text("whole")
+    >>> [file.name for file in folder.iterdir()]
+    ['a.txt']
+
+    ```
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    os.chmod(name, 0o644)
+    part = Path(name)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(value: object, path: str | os.PathLike) -> None:
+    """Write `value` as indented JSON to `path`, whole or not at all. NaN is refused: JSON has none."""
+    with atomic_output(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

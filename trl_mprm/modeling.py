@@ -1,0 +1,202 @@
+"""
+Load a model with its processor, give it the marker, freeze and quantise the right parts.
+
+Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`: transformers itself says where the text decoder
+(`get_decoder`) and the vision encoder (`get_encoder("image")`) of an architecture are.
+"""
+
+import copy
+import logging
+import re
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from .rendering import ProcessingClass, StepFormat, tokenizer_of
+
+
+logger = logging.getLogger(__name__)
+
+# What stands between vision encoder and decoder and is trained, as in the paper. Most architectures keep it outside the
+# encoder; these keep it inside:
+PROJECTORS = {
+    "qwen2_vl": "merger",
+    "qwen2_5_vl": "merger",
+    "qwen3_vl": r"merger|deepstack_merger_list",
+    "qwen3_vl_moe": r"merger|deepstack_merger_list",
+}
+
+
+def is_vision_language(config: PreTrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def load_model(
+    model_id: str, quantization_config: BitsAndBytesConfig | None = None, **model_init_kwargs: Any
+) -> PreTrainedModel:
+    """
+    Load a vision-language or text-only model by Hub id or folder; never with remote code unless asked.
+
+    Args:
+        model_id (`str`):
+            Hub id or local folder.
+        quantization_config (`BitsAndBytesConfig`, *optional*):
+            Quantise the text decoder, and nothing else: not the vision encoder, the projector or the LM head.
+        model_init_kwargs:
+            Passed to `from_pretrained`; `dtype` is float32 by default, as in TRL.
+    """
+    kwargs = {"dtype": torch.float32, **model_init_kwargs}
+    config_kwargs = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = AutoConfig.from_pretrained(model_id, **config_kwargs)
+    auto = AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
+    if quantization_config is not None:
+        quantization_config = copy.deepcopy(quantization_config)
+        with torch.device("meta"):
+            empty = auto.from_config(config)
+        quantization_config.llm_int8_skip_modules = modules_beside_decoder(empty)
+        kwargs["quantization_config"] = quantization_config
+    model = auto.from_pretrained(model_id, **kwargs)
+    keep_4bit_gradients_on_cpu(model)
+    return model
+
+
+def load_processing_class(model_id: str, vision: bool, **kwargs: Any) -> ProcessingClass:
+    """Load the processor of a vision-language model, or the tokenizer of a text-only one."""
+    if not vision:
+        return AutoTokenizer.from_pretrained(model_id, **kwargs)
+    processor = AutoProcessor.from_pretrained(model_id, **kwargs)
+    # AutoProcessor returns a bare tokenizer, without a word, where it does not know the processor class.
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"expected a processor for images and text in {model_id}, got {type(processor).__name__}: "
+            "the folder lacks processor files, save the model's processor there"
+        )
+    return processor
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Full name of the text decoder, as `model.language_model` or, text-only, `model`."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def modules_beside_decoder(model: PreTrainedModel) -> list[str]:
+    """
+    Full names of the outermost modules that neither hold the text decoder nor stand in it.
+
+    A list given to bitsandbytes replaces its defaults and is matched on full names: `["vision_tower"]` would leave the
+    vision tower in 4 bit, and quantise the LM head too.
+    """
+    decoder = decoder_name(model)
+    around = {decoder.rsplit(".", depth)[0] for depth in range(decoder.count(".") + 1)}
+    beside = []
+    for name, _ in model.named_modules():
+        parent = name.rpartition(".")[0]
+        if name and name not in around and (parent in around - {decoder} or not parent):
+            beside.append(name)
+    return beside
+
+
+def decoder_linears(model: PreTrainedModel) -> str:
+    """
+    Regular expression for LoRA's `target_modules`: the linear layers of the text decoder.
+
+    `"all-linear"` and bare names such as `"up_proj"` would also reach into the vision encoder.
+    """
+    prefix = decoder_name(model) + "."
+    # 4-bit and 8-bit layers are subclasses of nn.Linear.
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and isinstance(module, torch.nn.Linear)
+    }
+    return rf"{re.escape(prefix)}.*\.({'|'.join(sorted(linears))})"
+
+
+def keep_4bit_gradients_on_cpu(model: torch.nn.Module) -> None:
+    """
+    Keep bitsandbytes >= 0.49 from repacking 4-bit weights on the first `eval()` on a CPU with AVX512-BF16.
+
+    The repacked layer has no autograd: every later gradient is wrong, or raises where the layer has a bias.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_marker(model: PreTrainedModel, processing_class: ProcessingClass, step_format: StepFormat) -> None:
+    """Add the marker to tokenizer and embeddings where it is missing; its row starts as the mean of the others."""
+    tokenizer = tokenizer_of(processing_class)
+    known = tokenizer.get_vocab()
+    if step_format.marker not in known:
+        tokenizer.add_tokens([step_format.marker], special_tokens=True)
+    # Many checkpoints have spare rows (Qwen2.5-VL: 152,064 for 151,665 tokens); then nothing is resized.
+    short = len(tokenizer) > model.get_input_embeddings().num_embeddings
+    if short:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if short or step_format.marker not in known:
+        marker = tokenizer.convert_tokens_to_ids(step_format.marker)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            with torch.no_grad():
+                layer.weight[marker] = layer.weight[:marker].mean(0)
+
+
+def freeze_vision_encoder(model: PreTrainedModel) -> None:
+    """Freeze the vision encoder, not the projector behind it, as the paper does (its Table 7)."""
+    projector = re.compile(rf"({PROJECTORS.get(model.config.model_type, '$^')})\b")
+    for name, parameter in model.get_encoder("image").named_parameters():
+        if not projector.match(name):
+            parameter.requires_grad_(False)
+
+
+def fill_peft_config(peft_config: PeftConfig, model: PreTrainedModel, marker_id: int) -> PeftConfig:
+    """Where the user left them open: adapt the decoder's linear layers, and train the marker's embedding row."""
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = decoder_linears(model)
+    if peft_config.trainable_token_indices is None:
+        embeddings = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is embeddings)
+        peft_config.trainable_token_indices = {name.rpartition(".")[2]: [marker_id]}
+    return peft_config
+
+
+def step_logits(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], markers: torch.Tensor, good_id: int, bad_id: int
+) -> torch.Tensor:
+    """
+    Logit of P(step good) at each marker, computed by one forward whose LM head sees the markers only.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, possibly wrapped (PEFT, DDP, FSDP).
+        inputs (`dict[str, torch.Tensor]`):
+            What `forward` takes; `input_ids` of shape `(rows, tokens)`.
+        markers (`torch.Tensor`):
+            Bool mask of shape `(rows, tokens)`, True at each marker.
+        good_id, bad_id (`int`):
+            Token ids of the two reward tokens.
+
+    Returns:
+        `torch.Tensor`: `logit(good) - logit(bad)`, float32, shape `(markers.sum(),)`, in row order.
+    """
+    logits = model(**inputs, logits_to_keep=markers, use_cache=False).logits
+    if logits.ndim != 2:
+        raise ValueError(
+            f"expected logits at the {int(markers.sum())} markers only, got shape {tuple(logits.shape)}: this model's "
+            "forward does not take a boolean `logits_to_keep` (transformers >= 5.21 native classes do)"
+        )
+    return (logits[:, good_id] - logits[:, bad_id]).float()

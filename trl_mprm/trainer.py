@@ -1,0 +1,325 @@
+"""A thin `transformers.Trainer` that trains process reward models, for images and text."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .collator import IGNORE_INDEX, DataCollatorForProcessReward, check_labels
+from .config import ProcessRewardConfig
+from .loss import step_loss, step_targets
+from .metrics import step_metrics
+from .model_card import model_card
+from .modeling import (
+    add_marker,
+    fill_peft_config,
+    freeze_vision_encoder,
+    is_vision_language,
+    load_model,
+    load_processing_class,
+    step_logits,
+)
+from .rendering import ProcessingClass, row_name, tokenizer_of
+
+
+logger = logging.getLogger(__name__)
+
+
+class ProcessRewardTrainer(Trainer):
+    """
+    Trainer for process reward models: one reward after every step of a solution.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Hub id, folder or model object; any vision-language or causal language model.
+        args ([`ProcessRewardConfig`], *optional*):
+            Configuration; defaults to one with `output_dir` named after the model.
+        data_collator (`Callable`, *optional*):
+            Defaults to [`DataCollatorForProcessReward`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `prompt`, `completions`, `labels` and, with a vision-language model, `images`. Labels are Monte
+            Carlo scores, booleans or 0/1; -100 ignores a step.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            The same for evaluation; logs the exact step mean of the loss and step metrics.
+        processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Defaults to the processor or tokenizer of `model`.
+        compute_metrics (`Callable`, *optional*):
+            Defaults to [`step_metrics`] on P(step good), with the hard label as truth.
+        callbacks, optimizers:
+            As in [`~transformers.Trainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantise the text decoder of a model given as a string. Needs `peft_config`.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Train an adapter. Where it names no target modules, the decoder's linear layers are taken; the marker's
+            embedding row is trained with it.
+        selection (`dict`, *optional*):
+            What `selection.json` or `top_fraction(...).report` says of the training rows; quoted by the model card.
+    """
+
+    _tag_names = ["trl", "mprm", "process-reward-model"]
+    # The loss below is divided by the labelled steps of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: ProcessRewardConfig | None = None,
+        data_collator: Callable[[list[dict]], dict] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: ProcessingClass | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        selection: dict[str, Any] | None = None,
+    ):
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: rows with `prompt`, `completions` and `labels`")
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            check_dataset(dataset, name)
+        model_id = model if isinstance(model, str) else model.name_or_path
+        if args is None:
+            args = ProcessRewardConfig(f"{Path(model_id).name or 'model'}-PRM")
+        if args.n_gpu > 1:
+            raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process a GPU")
+        # Trainer seeds too late for the weights that LoRA draws.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            if quantization_config is not None and peft_config is None:
+                raise ValueError("quantised weights cannot be trained: give a `peft_config` with the quantisation")
+            model = load_model(model, quantization_config, **(args.model_init_kwargs or {}))
+        elif quantization_config is not None:
+            raise ValueError("`quantization_config` needs the model as a string; this one is loaded already")
+        if processing_class is None:
+            processing_class = load_processing_class(model_id, is_vision_language(model.config))
+        self.step_format = args.step_format
+        add_marker(model, processing_class, self.step_format)
+        self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
+        if args.freeze_vision_encoder and is_vision_language(model.config):
+            freeze_vision_encoder(model)
+        if peft_config is not None:
+            model = get_peft_model(model, fill_peft_config(peft_config, model, self.step_ids.marker))
+        if isinstance(model, PeftModel) and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        if args.label_names is None:
+            args.label_names = ["labels"]
+        self.selection = selection
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DataCollatorForProcessReward(processing_class, self.step_format),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or self.compute_step_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Makes Trainer count the labelled steps of the accumulated batch over all processes.
+        self.model_accepts_loss_kwargs = True
+        self.model.add_model_tags(self._tag_names)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        logits, labels, _ = self._step_logits(model, inputs)
+        loss = step_loss(logits, step_targets(labels, self.args.loss_type, self.args.hard_threshold))
+        if num_items_in_batch is None:
+            loss = loss / len(labels)
+        else:
+            # Gradients are averaged over processes, the count is their sum.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss / num_items_in_batch * processes
+        return (loss, logits) if return_outputs else loss
+
+    def _step_logits(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits `(steps,)` and labels `(steps,)` of the labelled steps, and their mask `(rows, tokens)`."""
+        markers = inputs["labels"] != IGNORE_INDEX
+        features = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = step_logits(model, features, markers, self.step_ids.good, self.step_ids.bad)
+        return logits, inputs["labels"][markers], markers
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """
+        Logits and labels of the steps, padded with -100 to `(rows, most steps)`.
+
+        No loss is returned: Trainer would average it over batches. [`compute_step_metrics`] has the exact step mean.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits, labels, markers = self._step_logits(model, inputs)
+        counts = markers.sum(1)
+        filled = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+        padded = [torch.full(filled.shape, float(IGNORE_INDEX), device=counts.device) for _ in range(2)]
+        padded[0][filled], padded[1][filled] = logits, labels.float()
+        return None, padded[0], padded[1]
+
+    def compute_step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Loss and step metrics (threshold 0.5) of an evaluation; one solution a row, the hard label as truth."""
+        logits, labels = prediction.predictions, prediction.label_ids
+        measured = labels != IGNORE_INDEX
+        targets = step_targets(torch.from_numpy(labels[measured]), self.args.loss_type, self.args.hard_threshold)
+        loss = step_loss(torch.from_numpy(logits[measured]), targets) / len(targets)
+        truth = np.where(labels > self.args.hard_threshold, 1, -1)
+        scores = torch.from_numpy(logits).double().sigmoid().numpy()
+        metrics = step_metrics(
+            [row[mask].tolist() for row, mask in zip(truth, measured, strict=True)],
+            [row[mask].tolist() for row, mask in zip(scores, measured, strict=True)],
+            threshold=0.5,
+            n_resamples=0,
+        )
+        reported = ("macro_f1_pooled", "auc", "first_error_accuracy")
+        return {"loss": loss.item(), **{name: metrics[name] for name in reported if metrics[name] is not None}}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        output_dir = output_dir or self.args.output_dir
+        if self.args.should_save:
+            # A pickle that nothing here reads, with the Hub token in it if one was given.
+            Path(output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            self.step_format.save(output_dir)
+            self._write_card(output_dir)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+        results: dict[str, Any] | None = None,
+        benchmark: str | None = None,
+    ) -> None:
+        """
+        Write the model card into `output_dir`, from the run itself.
+
+        Args:
+            model_name (`str`, *optional*):
+                Defaults to the name of `output_dir`.
+            tags (`str` or `list[str]`, *optional*):
+                Tags beside `trl`, `mprm` and `process-reward-model`.
+            license (`str`, *optional*):
+                Licence of the weights, as a Hub identifier. Left out where unknown: it follows the base model's.
+            results (`dict`, *optional*):
+                What [`step_metrics`] returned for this model; kept for later cards of this run.
+            benchmark (`str`, *optional*):
+                Name of the benchmark that `results` were measured on.
+        """
+        if results is not None:
+            self.benchmark_results = (benchmark or "benchmark", results)
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir, model_name, tags, license)
+
+    benchmark_results: tuple[str, dict] | None = None
+
+    def _write_card(
+        self,
+        folder: str,
+        model_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        peft_config = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        card = model_card(
+            model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
+            base_model=self.model.get_base_model().name_or_path if peft_config else self.model.name_or_path,
+            tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
+            license=license,
+            step_format=self.step_format,
+            hub_model_id=self.args.hub_model_id,
+            dataset=describe_dataset(self.train_dataset),
+            selection=self.selection,
+            peft_config=peft_config,
+            quantized=bool(getattr(self.model, "is_loaded_in_4bit", False)),
+            args=self.args,
+            steps=self.state.global_step,
+            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            evaluation=evaluations[-1] if evaluations else None,
+            benchmark=self.benchmark_results,
+        )
+        card.save(os.path.join(folder, "README.md"))
+
+
+def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    if isinstance(eval_dataset, dict):
+        evals = [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
+    else:
+        evals = [] if eval_dataset is None else [("eval_dataset", eval_dataset)]
+    return [("train_dataset", train_dataset), *evals]
+
+
+def _columns(dataset: Dataset) -> pa.Table:
+    """Steps and labels as Arrow columns; images are not touched."""
+    return dataset.select_columns(["completions", "labels"]).with_format("arrow")[:]
+
+
+def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise `ValueError` for the first row that cannot be trained on, before anything is; streams fail at the row."""
+    if isinstance(dataset, IterableDataset):
+        return
+    missing = {"prompt", "completions", "labels"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"{name} has no column {', '.join(sorted(missing))}; it has {', '.join(dataset.column_names)}: "
+            "expected rows as load_rollouts returns them, or as TRL's PRMTrainer took them"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows: check the selection")
+    table = _columns(dataset)
+    steps, labels = table["completions"].combine_chunks(), table["labels"].combine_chunks()
+    values = pc.list_flatten(labels).cast(pa.float64())
+    usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
+    same_length = pc.all(pc.equal(pc.list_value_length(steps), pc.list_value_length(labels))).as_py()
+    labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])
+    if same_length and values.null_count == 0 and pc.all(usable).as_py() and len(labelled) == len(dataset):
+        return
+    for index, row in enumerate(dataset.remove_columns([c for c in dataset.column_names if c == "images"])):
+        check_labels(row, f"{name}, {row_name(row, index).removesuffix(' of the batch')}")
+
+
+def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """Count rows, steps and sources of the training rows for the card; a stream has no counts."""
+    if isinstance(dataset, IterableDataset):
+        return {}
+    labels = pc.list_flatten(_columns(dataset)["labels"].combine_chunks()).cast(pa.float64())
+    measured = labels.filter(pc.not_equal(labels, IGNORE_INDEX))
+    facts = {
+        "rows": len(dataset),
+        "steps": len(measured),
+        "mean_label": pc.mean(measured).as_py(),
+        "error_step_share": 1 - pc.mean(pc.greater(measured, 0).cast(pa.float64())).as_py(),
+    }
+    if "source" in dataset.column_names:
+        counts = pc.value_counts(dataset.select_columns("source").with_format("arrow")[:]["source"]).to_pylist()
+        facts["sources"] = dict(sorted((count["values"], count["counts"]) for count in counts))
+    return facts
