@@ -196,7 +196,7 @@ def train(argv: list[str]) -> int:
         trainer.evaluate()
     trainer.save_model()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         keys = ("train_loss", "train_runtime", "eval_loss", "eval_auc", "eval_macro_f1_pooled")

@@ -25,9 +25,13 @@ CONVENTIONS = (
 )
 
 
+def is_hub_id(name: str) -> bool:
+    return "/" in name and not Path(name).is_absolute() and not Path(name).exists()
+
+
 def public_name(model_id: str) -> str:
     """A Hub id as it is; of a local folder only its name."""
-    return Path(model_id).name if Path(model_id).is_absolute() or Path(model_id).exists() else model_id
+    return model_id if is_hub_id(model_id) else Path(model_id).name
 
 
 def model_card(
@@ -36,6 +40,7 @@ def model_card(
     base_model: str,
     tags: list[str],
     license: str | None,
+    dataset_name: str | None,
     step_format: StepFormat,
     hub_model_id: str | None,
     dataset: dict[str, Any],
@@ -49,9 +54,9 @@ def model_card(
     benchmark: tuple[str, dict[str, Any]] | None,
 ) -> ModelCard:
     """Fill `templates/model_card.md`; every figure comes from the run."""
-    is_hub_id = public_name(base_model) == base_model and "/" in base_model
     data = ModelCardData(
-        base_model=base_model if is_hub_id else None,
+        base_model=base_model if is_hub_id(base_model) else None,
+        datasets=dataset_name if dataset_name and is_hub_id(dataset_name) else None,
         library_name="peft" if peft_config else "transformers",
         tags=tags,
         license=license,

@@ -161,23 +161,24 @@ def render_prefixes(rows: Sequence[dict[str, Any]], processing_class: Processing
     special_tokens = [
         token.content for token in tokenizer_of(processing_class).added_tokens_decoder.values() if token.special
     ]
-    texts = []
+    texts, images = [], []
     for index, row in enumerate(rows):
         try:
             check_prompt(row["prompt"], special_tokens)
             texts.append(render_prefix_text(row, processing_class))
+            images.append([open_image(image) for image in row.get("images") or []])
         except ValueError as error:
             raise ValueError(f"{row_name(row, index)}: {error}") from error
     prefixes: list[dict] = [{} for _ in rows]
     image_tensors: dict[str, torch.Tensor] = {}
-    with_images = [index for index, row in enumerate(rows) if row.get("images")]
-    text_only = [index for index, row in enumerate(rows) if not row.get("images")]
+    with_images = [index for index, row_images in enumerate(images) if row_images]
+    text_only = [index for index, row_images in enumerate(images) if not row_images]
     # A chat template writes the tokenizer's own first token; plain text needs it added.
     special = processing_class.chat_template is None
     if with_images:
         encoded = processing_class(
             text=[texts[index] for index in with_images],
-            images=[[open_image(image) for image in rows[index]["images"]] for index in with_images],
+            images=[images[index] for index in with_images],
             add_special_tokens=special,
             padding=True,
             padding_side="right",

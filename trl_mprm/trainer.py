@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     BitsAndBytesConfig,
@@ -20,7 +21,9 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from .collator import IGNORE_INDEX, DataCollatorForProcessReward, check_labels
 from .config import ProcessRewardConfig
@@ -211,9 +214,27 @@ class ProcessRewardTrainer(Trainer):
             self.step_format.save(output_dir)
             self._write_card(output_dir)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint as it is, complete and loadable; Trainer would pickle the arguments, with the Hub token."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        job = HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            run_as_future=True,
+            ignore_patterns=["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME],  # to resume, not to use
+        )
+        self.push_in_progress = PushInProgress([job])
+
     def create_model_card(
         self,
         model_name: str | None = None,
+        dataset_name: str | None = None,
         tags: str | list[str] | None = None,
         license: str | None = None,
         results: dict[str, Any] | None = None,
@@ -225,6 +246,8 @@ class ProcessRewardTrainer(Trainer):
         Args:
             model_name (`str`, *optional*):
                 Defaults to the name of `output_dir`.
+            dataset_name (`str`, *optional*):
+                Hub id of the data set, or its folder.
             tags (`str` or `list[str]`, *optional*):
                 Tags beside `trl`, `mprm` and `process-reward-model`.
             license (`str`, *optional*):
@@ -237,7 +260,7 @@ class ProcessRewardTrainer(Trainer):
         if results is not None:
             self.benchmark_results = (benchmark or "benchmark", results)
         if self.is_world_process_zero():
-            self._write_card(self.args.output_dir, model_name, tags, license)
+            self._write_card(self.args.output_dir, model_name, dataset_name, tags, license)
 
     benchmark_results: tuple[str, dict] | None = None
 
@@ -245,6 +268,7 @@ class ProcessRewardTrainer(Trainer):
         self,
         folder: str,
         model_name: str | None = None,
+        dataset_name: str | None = None,
         tags: str | list[str] | None = None,
         license: str | None = None,
     ) -> None:
@@ -255,6 +279,7 @@ class ProcessRewardTrainer(Trainer):
             base_model=self.model.get_base_model().name_or_path if peft_config else self.model.name_or_path,
             tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
             license=license,
+            dataset_name=dataset_name,
             step_format=self.step_format,
             hub_model_id=self.args.hub_model_id,
             dataset=describe_dataset(self.train_dataset),

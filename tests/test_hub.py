@@ -1,0 +1,109 @@
+"""Publishing with the real huggingface_hub client, against a server on this machine that speaks the commit API."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import make_rows
+from datasets import Dataset
+
+
+TOKEN = "hf_" + "secret" * 5
+TRAIN = """
+import sys
+from datasets import load_from_disk
+from peft import LoraConfig
+from trl_mprm import ProcessRewardConfig, ProcessRewardTrainer
+
+trainer = ProcessRewardTrainer(
+    model=sys.argv[1],
+    args=ProcessRewardConfig(
+        sys.argv[3], hub_model_id="someone/tiny-mprm", push_to_hub=True, hub_token=sys.argv[4], report_to="none",
+        use_cpu=True, per_device_train_batch_size=4, save_strategy="steps", save_steps=1,
+    ),
+    train_dataset=load_from_disk(sys.argv[2]),
+    peft_config=LoraConfig(r=4),
+)
+trainer.train()
+trainer.push_to_hub(dataset_name="org/rollouts", license="mit")
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Takes every file inline and remembers the commits: `commits[n][path] = bytes`."""
+
+    commits: list[dict[str, bytes]]
+
+    def do_GET(self):
+        self._answer({"name": "someone", "auth": {"accessToken": {"role": "write"}}})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path.endswith("/repos/create"):
+            self._answer({"url": f"{self._address()}/someone/tiny-mprm"})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self._answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif "/commit/" in self.path:
+            values = [json.loads(line) for line in body.splitlines()]
+            files = [value["value"] for value in values if value["key"] == "file"]
+            self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
+            url = f"{self._address()}/someone/tiny-mprm/commit/{'0' * 40}"
+            self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": url})
+        else:  # validation of the card
+            self._answer({"warnings": [], "errors": []})
+
+    def _address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def _answer(self, value: dict) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_push_to_hub(tiny_folders, tmp_path):
+    handler = type("OneHub", (Hub,), {"commits": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    rows = [{key: row[key] for key in ("prompt", "completions", "labels")} for row in make_rows(images=False)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env = clean | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "*",
+    }
+    argv = [sys.executable, "-c", TRAIN, tiny_folders["qwen2"], tmp_path / "rows", tmp_path / "out", TOKEN]
+    try:
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert len(handler.commits) >= 2  # while training, and at the end
+    needed = {"README.md", "adapter_model.safetensors", "adapter_config.json", "process_reward_config.json"}
+    for commit in handler.commits:
+        assert not [name for name in commit if name.endswith((".bin", ".pt", ".pth"))]
+        assert not [name for name, content in commit.items() if TOKEN.encode() in content]
+    for commit in (handler.commits[0], handler.commits[-1]):
+        assert needed <= set(commit)
+    card = handler.commits[-1]["README.md"].decode()
+    assert (
+        "license: mit" in card and "datasets: org/rollouts" in card and 'from_pretrained("someone/tiny-mprm")' in card
+    )
+    assert str(tmp_path) not in card
