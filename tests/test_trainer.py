@@ -10,6 +10,7 @@ import torch
 from conftest import ARCHITECTURES, make_rows
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from trl_mprm import ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
@@ -343,3 +344,46 @@ def test_card_tells_the_run(tiny_folders, tmp_path):
     assert f"loss {trainer.state.log_history[-2]['eval_loss']:.4f}" in text
     assert str(tmp_path) not in text and tiny_folders["qwen2_5_vl"] not in text
     assert StepFormat.load(tmp_path / "tiny-mprm") == StepFormat()
+
+
+TWO_PROCESSES = """
+import json, os, sys
+import torch
+from datasets import load_from_disk
+from trl_mprm import ProcessRewardConfig, ProcessRewardTrainer
+
+torch.set_num_threads(1)
+model, rows, output = sys.argv[1:]
+processes = int(os.environ.get("WORLD_SIZE", 1))
+args = ProcessRewardConfig(
+    output, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=1, warmup_steps=0,
+    per_device_train_batch_size=8 // processes, per_device_eval_batch_size=3, optim="sgd", learning_rate=0.1,
+)
+rows = load_from_disk(rows)
+trainer = ProcessRewardTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows.select(range(7)))
+trainer.train()
+metrics = trainer.evaluate()
+trainer.save_model()
+if trainer.is_world_process_zero():
+    print(json.dumps({name: metrics[name] for name in ("eval_loss", "eval_auc")}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tiny_folders, tmp_path):
+    """8 rows on one process, and 4 on each of two: the same update, and the same evaluation of 7 rows."""
+    rows = [{name: row[name] for name in ("prompt", "completions", "labels")} for row in make_rows(images=False)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    launchers = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]}
+    metrics, weights = {}, {}
+    for processes, launcher in launchers.items():
+        output = tmp_path / f"out{processes}"
+        argv = [*launcher, tmp_path / "train.py", tiny_folders["qwen2"], tmp_path / "rows", output]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        metrics[processes] = json.loads(done.stdout.splitlines()[-1])
+        weights[processes] = load_file(output / "model.safetensors")
+    assert metrics[1] == pytest.approx(metrics[2], abs=1e-6)
+    for name, value in weights[1].items():
+        assert torch.allclose(value, weights[2][name], rtol=0, atol=1e-6), name

@@ -1,0 +1,430 @@
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import zipfile
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import datasets
+import pytest
+from PIL import Image as PILImage
+
+from trl_mprm.rollouts import (
+    FEATURES,
+    MAX_PIXELS,
+    Reason,
+    Refusal,
+    Rollout,
+    describe_refusals,
+    load_rollouts,
+    read_rollouts,
+    unpack_annotations,
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def raw(**fields):
+    steps = [
+        {"step": "First.", "score": 0.5, "num_mc_correct": 8, "num_mc_total": 16},
+        {"step": "Second.", "score": 0.0, "num_mc_correct": 0, "num_mc_total": 16},
+    ]
+    return {"question": "<image>\nHow many?", "steps_with_score": steps, "num_mc_sequences": 16} | fields
+
+
+def stepwise(**fields):
+    return {"prompt": "How many?", "completions": ["First.", "Second."], "labels": [True, False]} | fields
+
+
+def step(**fields):
+    return raw(steps_with_score=[raw()["steps_with_score"][0], raw()["steps_with_score"][1] | fields])
+
+
+def without(record, *names):
+    return {name: value for name, value in record.items() if name not in names}
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def picture(path, size=(4, 4), **save):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PILImage.effect_noise(size, 50).save(path, **save)
+    return path
+
+
+def only(path, **arguments):
+    (item,) = read_rollouts(path, **arguments)
+    return item
+
+
+def test_raw_row(tmp_path):
+    picture(tmp_path / "1.png")
+    file = write(tmp_path / "AI2D.jsonl", raw(image="1.png", question_orig="How <image> many?", answer="52"))
+    data = load_rollouts(file)
+    assert data.features == FEATURES
+    row = data[0]
+    assert row.pop("images")[0].size == (4, 4)
+    assert row == {
+        "prompt": "How  many?",
+        "completions": ["First.", "Second."],
+        "labels": [0.5, 0.0],
+        "mc_scores": [0.5, 0.0],
+        "mc_counts": [8, 0],
+        "mc_total": 16,
+        "source": "AI2D",
+        "rollout_id": "AI2D:0",
+    }
+
+
+@pytest.mark.parametrize("prompt", ["How many?", [{"role": "user", "content": "<image>How many?"}]])
+def test_stepwise_row(tmp_path, prompt):
+    row = load_rollouts(write(tmp_path / "old.jsonl", stepwise(prompt=prompt, source="GSM8K")))[0]
+    assert row == {
+        "images": [],
+        "prompt": "How many?",
+        "completions": ["First.", "Second."],
+        "labels": [1.0, 0.0],
+        "mc_scores": [1.0, 0.0],
+        "mc_counts": [None, None],
+        "mc_total": None,
+        "source": "GSM8K",
+        "rollout_id": "old:0",
+    }
+
+
+def test_stepwise_scores_counts_and_unlabelled_steps(tmp_path):
+    rows = [
+        stepwise(labels=[0.25, -100]),
+        stepwise(labels=[1, 0], mc_scores=[0.25, None], mc_counts=[4, 0], mc_total=16),
+        without(stepwise(mc_scores=[0.25, None]), "labels"),
+    ]
+    data = load_rollouts(write(tmp_path / "a.jsonl", *rows))
+    assert data["labels"][:] == [[0.25, -100.0], [1.0, 0.0], [0.25, -100.0]]
+    assert data["mc_scores"][:] == [[0.25, None]] * 3
+    assert data["mc_counts"][:] == [[None, None], [4, 0], [None, None]]
+    assert data["mc_total"][:] == [None, 16, None]
+
+
+def test_a_step_with_total_0_is_not_measured(tmp_path):
+    # the early stop of the annotation writes score 0.0 for steps that it never sampled
+    row = load_rollouts(write(tmp_path / "a.jsonl", step(num_mc_total=0)))[0]
+    assert row["mc_scores"] == [0.5, None]
+    assert row["labels"] == [0.5, -100.0]
+    assert row["mc_total"] == 16
+
+
+def test_totals_that_differ_are_unknown(tmp_path):
+    assert load_rollouts(write(tmp_path / "a.jsonl", step(num_mc_total=8)))[0]["mc_total"] is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("{", "not_json"),
+        ("[1]", "not_json"),
+        ("[" * 100_000, "not_json"),
+        (raw(question="<image>"), "prompt_missing"),
+        (without(raw(), "question"), "prompt_missing"),
+        (stepwise(prompt=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]), "prompt_missing"),
+        (without(raw(), "steps_with_score"), "empty_steps"),
+        (raw(steps_with_score=[]), "empty_steps"),
+        (raw(steps_with_score="First."), "empty_steps"),
+        (stepwise(completions=[]), "empty_steps"),
+        (step(step=" "), "step_without_text"),
+        (step(step=None), "step_without_text"),
+        (raw(steps_with_score=["First."]), "step_without_text"),
+        (stepwise(completions=["First.", 2]), "step_without_text"),
+        (step(step="\ud800"), "text_not_unicode"),
+        (stepwise(labels=[True]), "labels_not_one_a_step"),
+        (stepwise(labels=1.0), "labels_not_one_a_step"),
+        (stepwise(mc_scores=[0.5]), "labels_not_one_a_step"),
+        (stepwise(mc_counts=[1]), "labels_not_one_a_step"),
+        (step(score=None), "step_without_score"),
+        (without(stepwise(), "labels"), "step_without_score"),
+        (stepwise(labels=[True, None]), "step_without_score"),
+        (step(score="0.5"), "score_not_a_number"),
+        (step(score=True), "score_not_a_number"),
+        (step(score=float("nan")), "score_not_a_number"),
+        (stepwise(labels=["+", "-"]), "score_not_a_number"),
+        (step(score=1.0625), "score_out_of_range"),
+        (step(score=-1), "score_out_of_range"),
+        (step(score=float("inf")), "score_out_of_range"),
+        (stepwise(labels=[1, -1]), "score_out_of_range"),
+        (raw(steps_with_score=[{"step": "First.", "score": 0.0, "num_mc_total": 0}]), "nothing_measured"),
+        (stepwise(labels=[-100, -100]), "nothing_measured"),
+        (raw(image=7), "image_not_a_path"),
+        (raw(image=["ok.png", None]), "image_not_a_path"),
+        (raw(image="nowhere.png"), "image_missing"),
+        (raw(image=["ok.png", "x" * 5000]), "image_missing"),
+        (raw(image="a\0b"), "image_missing"),
+        (raw(image="../outside.png"), "image_outside_root"),
+        (raw(image="/etc/hostname"), "image_outside_root"),
+        (raw(image="link.png"), "image_outside_root"),
+        (raw(image="no_picture.png"), "image_unreadable"),
+        (raw(image="cut.png"), "image_unreadable"),
+        (raw(image="cut.jpg"), "image_unreadable"),
+        (raw(image="bomb.png"), "image_unreadable"),
+    ],
+)
+def test_every_way_of_being_broken_has_its_reason(tmp_path, record, reason):
+    root = tmp_path / "data"
+    picture(root / "ok.png")
+    picture(tmp_path / "outside.png")
+    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "no_picture.png").write_text("GIF? no.")
+    for name in ("cut.png", "cut.jpg"):
+        data = picture(root / name, size=(64, 64)).read_bytes()
+        (root / name).write_bytes(data[: len(data) // 2])
+    header = bytearray(picture(root / "bomb.png").read_bytes())
+    header[16:24] = (10_000).to_bytes(4, "big") * 2  # width and height
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    assert MAX_PIXELS < 10_000**2 < 2 * MAX_PIXELS  # Pillow itself would only warn
+    (root / "bomb.png").write_bytes(header)
+
+    file = write(root / "a.jsonl", record)
+    refusal = only(file)
+    assert refusal == Refusal(str(file), 1, "a", Reason(reason))
+    assert pickle.loads(pickle.dumps(refusal)) == refusal
+
+
+def test_every_reason_is_tested():
+    marks = test_every_way_of_being_broken_has_its_reason.pytestmark[0].args[1]
+    assert {reason for _, reason in marks} == set(Reason)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.bmp"])
+def test_whole_pictures_pass(tmp_path, name):
+    picture(tmp_path / name)
+    assert isinstance(only(write(tmp_path / "a.jsonl", raw(image=name))), Rollout)
+
+
+def test_a_jpeg_with_bytes_after_its_end_passes(tmp_path):
+    file = picture(tmp_path / "a.jpg")
+    file.write_bytes(file.read_bytes() + b"\0" * 500)
+    assert isinstance(only(write(tmp_path / "a.jsonl", raw(image="a.jpg"))), Rollout)
+
+
+@pytest.mark.parametrize("place", ["VisualPRM400K-v1.1-Raw/x/1.png", "x/1.png", "images/x/1.png"])
+def test_the_prefix_of_the_raw_annotations_is_found_elsewhere(tmp_path, place):
+    path = picture(tmp_path / "root" / place)
+    file = write(tmp_path / "a.jsonl", raw(image="VisualPRM400K-v1.1-Raw/x/1.png"))
+    assert only(file, image_root=tmp_path / "root").row["images"] == [{"path": str(path), "bytes": None}]
+
+
+def test_short_paths_and_lists_of_nlvr2(tmp_path):
+    paths = [picture(tmp_path / "images/nlvr2/images" / name) for name in ("train-0.png", "train-1.png")]
+    file = write(tmp_path / "NLVR2.jsonl", raw(image=["images/train-0.png", "images/train-1.png"]))
+    assert [image["path"] for image in only(file).row["images"]] == list(map(str, paths))
+
+
+def test_images_are_not_decoded_at_load_and_looked_at_once(tmp_path, monkeypatch):
+    picture(tmp_path / "1.png")
+    file = write(tmp_path / "a.jsonl", *[raw(image="1.png")] * 5)
+    opened, plain_open = [], PILImage.open
+    monkeypatch.setattr(PILImage, "open", lambda *args: opened.append(args) or plain_open(*args))
+    monkeypatch.setattr(PILImage.Image, "load", lambda self: pytest.fail("decoded"))
+    assert len(load_rollouts(file)) == 5
+    assert len(opened) == 1
+
+
+def test_unchecked_images_keep_their_path(tmp_path):
+    item = only(write(tmp_path / "a.jsonl", raw(image="../x.png")), check_images=False)
+    assert item.row["images"] == [{"path": "../x.png", "bytes": None}]
+
+
+def test_a_folder_is_read_by_name_and_a_list_in_its_order(tmp_path):
+    write(tmp_path / "b.jsonl", raw(), "", raw())
+    write(tmp_path / "a.jsonl", raw())
+    write(tmp_path / "refused.jsonl", {"file": "a.jsonl", "line": 1, "reason": "not_json"})
+    (tmp_path / "notes.txt").write_text("no rollouts")
+    assert load_rollouts(tmp_path)["rollout_id"][:] == ["a:0", "b:0", "b:2"]
+    files = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
+    assert load_rollouts(files)["source"][:] == ["b", "b", "a"]
+
+
+def test_line_ends_and_unicode(tmp_path):
+    text = json.dumps(raw(question_orig="é\u2028ü 数"), ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n{text}".encode())
+    assert load_rollouts(tmp_path)["prompt"][:] == ["é\u2028ü 数"] * 2
+
+
+def test_refusals_are_logged_one_line_a_reason(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", "{", raw(), "{")
+    write(tmp_path / "b.jsonl", "{", step(score=2))
+    with caplog.at_level(logging.WARNING):
+        assert len(load_rollouts(tmp_path)) == 1
+    assert caplog.messages == [
+        f"not_json: refused 3 rows (a 2, b 1), the first at {tmp_path}/a.jsonl:1",
+        f"score_out_of_range: refused 1 rows (b 1), the first at {tmp_path}/b.jsonl:2",
+    ]
+    refusals = [item for item in read_rollouts(tmp_path) if isinstance(item, Refusal)]
+    assert describe_refusals(refusals) == caplog.messages
+
+
+def test_the_fingerprint_is_the_content(tmp_path):
+    file = write(tmp_path / "a.jsonl", raw())
+    first = load_rollouts(file)
+    assert load_rollouts(file)._fingerprint == first._fingerprint
+    write(file, raw(), raw())
+    assert load_rollouts(file)._fingerprint != first._fingerprint
+    assert len(first) == 1  # read from its own file, which is still there
+    assert pickle.loads(pickle.dumps(first))[0] == first[0]
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda path: path / "no.jsonl", FileNotFoundError, "no such file or folder"),
+        (lambda path: path, FileNotFoundError, r"expected \*.jsonl files"),
+        (lambda path: write(path / "a.jsonl", "{"), ValueError, "not_json: refused 1 rows.*Expected raw annotations"),
+        (lambda path: write(path / "a.jsonl"), ValueError, "No rows at all"),
+        (
+            lambda path: [write(path / "x" / "a.jsonl", raw()), write(path / "y" / "a.jsonl", raw())],
+            ValueError,
+            "rename one of them",
+        ),
+    ],
+)
+def test_errors_say_what_to_do(tmp_path, make, error, message):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with pytest.raises(error, match=message) as caught:
+        load_rollouts(make(folder))
+    assert "\n" not in str(caught.value)
+
+
+# ---- the Hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of a Hub that a client needs to read the files of one public dataset."""
+
+    files = {}
+    sha = "a" * 40
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}").get("paths", [])
+        self.answer(json.dumps([self.entry(name) for name in wanted if name in self.files]).encode())
+
+    def entry(self, name):
+        return {"type": "file", "path": name, "size": len(self.files[name]), "oid": self.sha}
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        if "/resolve/" in path:
+            name = path.split("/resolve/")[1].split("/", 1)[1]
+            self.answer(self.files.get(name), code="EntryNotFound")
+        elif path.startswith("/api/datasets/org/rollouts"):
+            entries = [self.entry(name) for name in self.files]
+            siblings = [{"rfilename": name} for name in self.files]
+            info = {"id": "org/rollouts", "sha": self.sha, "siblings": siblings, "private": False, "tags": []}
+            self.answer(json.dumps(entries if "/tree/" in path else info).encode())
+        else:
+            self.answer(None, code="RepoNotFound")
+
+    def answer(self, body, code=""):
+        self.send_response(404 if body is None else 200)
+        for name, value in {
+            "X-Error-Code": code if body is None else "",
+            "X-Repo-Commit": self.sha,
+            "ETag": f'"{hash(body)}"',
+            "Content-Length": str(len(body or b"")),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body or b"")
+
+    def log_message(self, *args):
+        pass
+
+
+LOAD = """
+import json, sys
+from trl_mprm import load_rollouts
+try:
+    data = load_rollouts("org/rollouts", **json.loads(sys.argv[1]))
+    print(json.dumps({"source": data["source"][:], "id": data["rollout_id"][:], "labels": data["labels"][:],
+                      "sizes": [[image.size for image in row] for row in data["images"]]}))
+except (ValueError, FileNotFoundError) as error:
+    print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+
+
+def load_from_hub(tmp_path, files, **arguments):
+    """`load_rollouts` in a new process, against a real server on this machine: the address is read at import."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": files}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+    env = {name: value for name, value in os.environ.items() if "OFFLINE" not in name and "HF_" not in name} | home
+    command = [sys.executable, "-c", LOAD, json.dumps(arguments)]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_hub_dataset_with_zipped_annotations(tmp_path):
+    picture(tmp_path / "images" / "x" / "1.png")
+    with_image = json.dumps(raw(image="VisualPRM400K-v1.1-Raw/x/1.png"))
+    members = {"annotations/": "", "annotations/b.jsonl": with_image, "annotations/a.jsonl": json.dumps(raw())}
+    files = {"annotations.zip": zipped(tmp_path / "z.zip", members).read_bytes(), "README.md": b"# rollouts"}
+    loaded = load_from_hub(tmp_path, files, image_root=str(tmp_path))
+    assert loaded["id"] == ["a:0", "b:0"]
+    assert loaded["sizes"] == [[], [[4, 4]]]
+    # again from the cache, now without saying where the images are
+    error = load_from_hub(tmp_path, files)
+    assert error.startswith("ValueError: org/rollouts names images that are not on this disk")
+    assert "image_root" in error
+
+
+def test_hub_dataset_of_rows(tmp_path):
+    rows = [stepwise(labels=[0.5, 0.0]), stepwise(labels=[0.25, 1.0], source="y")]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    loaded = load_from_hub(tmp_path, {"train.jsonl": text.encode(), "README.md": b"# rollouts"})
+    assert loaded["labels"] == [[0.5, 0.0], [0.25, 1.0]]
+    assert loaded["source"] == ["rollouts", "y"]
+    assert loaded["id"] == ["rollouts:0", "rollouts:1"]
+
+
+@pytest.mark.parametrize("name", ["../evil.jsonl", "/evil.jsonl", "a/../../evil.jsonl", "..\\evil.jsonl"])
+def test_a_zip_cannot_write_outside(tmp_path, name):
+    archive = zipped(tmp_path / "z.zip", {name: "{}"})
+    target = tmp_path / "in" / "target"
+    target.mkdir(parents=True)
+    with pytest.raises(ValueError, match="outside"):
+        unpack_annotations(archive, target)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "target", "z.zip"]
+
+
+def test_data_files_never_import_torch():
+    code = "import sys, trl_mprm.rollouts, trl_mprm.bis, trl_mprm.selection; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
