@@ -105,22 +105,22 @@ def png_header(width, height):
 @pytest.mark.parametrize(
     ("line", "reason", "detail"),
     [
-        ('{"image":', "bad_json", "Expecting value"),
-        ('{"image": "\udcff"', "bad_json", ""),
-        ("[" * 100_000, "bad_json", ""),
-        ("[1]", "bad_json", "expected an object, got list"),
+        ('{"image":', "not_json", "Expecting value"),
+        ('{"image": "\udcff"', "not_json", ""),
+        ("[" * 100_000, "not_json", ""),
+        ("[1]", "not_json", "expected an object, got list"),
         ({k: v for k, v in GOOD.items() if k != "question"}, "bad_field", "question: expected str, got no such key"),
         ({**GOOD, "data_source": 3}, "bad_field", "data_source: expected str, got 3"),
         ({**GOOD, "response": "good"}, "bad_field", "response: expected dict, got 'good'"),
         ({**GOOD, "response": {"steps": ["good"]}}, "bad_field", "process_correctness: expected list"),
         ({**GOOD, "image": None}, "bad_field", r"image: expected str \| list, got None"),
-        ({**GOOD, "image": [1]}, "bad_field", "image: expected a path, got 1"),
-        ({**GOOD, "question": "\ud800?"}, "not_unicode", "question holds a lone surrogate"),
-        (record(["good", "\ud800"], [1, 1]), "not_unicode", "step 1 holds a lone surrogate"),
-        (record([], []), "no_steps", "response.steps is empty"),
-        (record(["good", " "], [1, 1]), "empty_step", "step 1 is ' '"),
-        (record(["good", None], [1, 1]), "empty_step", "step 1 is None"),
-        (record(["good"], [1, -1]), "length_mismatch", "1 steps, 2 labels"),
+        ({**GOOD, "image": [1]}, "image_not_a_path", "image is 1, expected a path"),
+        ({**GOOD, "question": "\ud800?"}, "text_not_unicode", "question holds a lone surrogate"),
+        (record(["good", "\ud800"], [1, 1]), "text_not_unicode", "step 1 holds a lone surrogate"),
+        (record([], []), "empty_steps", "response.steps is empty"),
+        (record(["good", " "], [1, 1]), "step_without_text", "step 1 is ' '"),
+        (record(["good", None], [1, 1]), "step_without_text", "step 1 is None"),
+        (record(["good"], [1, -1]), "labels_not_one_a_step", "1 steps, 2 labels"),
         (record(["good", "bad"], [1, 2]), "bad_label", "label 1 is 2"),
         (record(["good"], [True]), "bad_label", "label 0 is True"),
         (record(["good"], [None]), "bad_label", "label 0 is None"),
@@ -128,11 +128,11 @@ def png_header(width, height):
         ({**GOOD, "image": ["/etc/hostname"]}, "image_outside_root", "'/etc/hostname' leads out"),
         ({**GOOD, "image": ["images/link.png"]}, "image_outside_root", "leads out"),
         ({**GOOD, "image": ["images/none.png"]}, "image_missing", "'images/none.png' is not in"),
-        ({**GOOD, "image": ["images/\0.png"]}, "image_missing", "null"),
-        ({**GOOD, "image": ["x" * 5000]}, "image_missing", "too long"),
+        ({**GOOD, "image": ["images/\0.png"]}, "image_missing", "is not in"),
+        ({**GOOD, "image": ["x" * 5000]}, "image_missing", "is not in"),
         ({**GOOD, "image": ["images/text.png"]}, "image_unreadable", "cannot identify"),
         ({**GOOD, "image": ["images/cut.png"]}, "image_unreadable", "images/cut.png"),
-        ({**GOOD, "image": ["images/bomb.png"]}, "image_unreadable", "decompression bomb"),
+        ({**GOOD, "image": ["images/bomb.png"]}, "image_unreadable", "10000 x 10000 pixels, more than"),
     ],
 )
 def test_refused_lines_are_named_and_counted(folder, line, reason, detail):
@@ -162,7 +162,7 @@ def test_files_that_cannot_be_read(folder):
         read_benchmark(folder)
     with pytest.raises(ValueError, match="no usable line .it is empty"):
         read_benchmark(write(folder))
-    with pytest.raises(ValueError, match="no usable line .line 1: no_steps, response.steps is empty"):
+    with pytest.raises(ValueError, match="no usable line .line 1: empty_steps, response.steps is empty"):
         read_benchmark(write(folder, record([], [])))
 
 

@@ -14,9 +14,9 @@ import datasets
 import pytest
 from PIL import Image as PILImage
 
+from trl_mprm.images import MAX_PIXELS
 from trl_mprm.rollouts import (
     FEATURES,
-    MAX_PIXELS,
     Reason,
     Refusal,
     Rollout,

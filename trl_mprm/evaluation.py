@@ -21,13 +21,14 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from .files import atomic_output, write_json
+from .images import ImageFinder, ImageRefused
 from .metrics import step_metrics
 
 
@@ -75,9 +76,9 @@ def read_benchmark(path: str | os.PathLike, image_root: str | os.PathLike | None
             Folder that image paths are relative to and must stay in. Default: the folder of the file.
 
     Returns:
-        [`Benchmark`]. Refused lines have one of these reasons: `bad_json`, `bad_field` (a key is missing or of another
-        type), `not_unicode`, `no_steps`, `empty_step`, `length_mismatch` (steps and labels), `bad_label`,
-        `image_outside_root`, `image_missing`, `image_unreadable` (no picture, truncated, or too large to be safe).
+        [`Benchmark`]. Refused lines have one of these reasons: `not_json`, `bad_field` (a key is missing or of another
+        type), `text_not_unicode`, `empty_steps`, `step_without_text`, `labels_not_one_a_step`, `bad_label`, or
+        one of `image_not_a_path`, `image_missing`, `image_outside_root`, `image_unreadable`.
         `group` is the same for solutions of one question: a hash of the question and the bytes of its images.
 
     Raises:
@@ -90,14 +91,14 @@ def read_benchmark(path: str | os.PathLike, image_root: str | os.PathLike | None
             f"{file}: no such file; expected a JSONL file or a folder with test.jsonl "
             "(download a Hub dataset first: hf download --repo-type dataset --local-dir FOLDER ID)"
         )
-    root = Path(image_root if image_root is not None else file.parent).resolve()
-    items, refused, digests = [], [], {}
+    finder = ImageFinder(image_root if image_root is not None else file.parent)
+    items, refused = [], []
     lines = file.read_bytes().splitlines()
     for index, line in enumerate(tqdm(lines, desc=f"reading {file.name}", unit="item", delay=2)):
         if not line.strip():
             continue
         try:
-            items.append(_item(line, index, root, digests))
+            items.append(_item(line, index, finder))
         except _Refused as refusal:
             reason, detail = refusal.args
             refused.append({"line": index + 1, "reason": reason, "detail": detail})
@@ -222,35 +223,43 @@ def _measure(records: Sequence[dict[str, Any]], threshold: float | str, **kwargs
     return step_metrics(*columns, threshold=threshold, **kwargs)
 
 
-def _item(line: bytes, index: int, root: Path, digests: dict[Path, str]) -> dict[str, Any]:
-    """Turn a line into an item, or raise `_Refused`. `digests` remembers the images that were checked."""
+@cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _item(line: bytes, index: int, finder: ImageFinder) -> dict[str, Any]:
+    """Turn a line into an item, or raise `_Refused`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _Refused("bad_json", str(error)) from error
+        raise _Refused("not_json", str(error)) from error
     if not isinstance(record, dict):
-        raise _Refused("bad_json", f"expected an object, got {type(record).__name__}")
+        raise _Refused("not_json", f"expected an object, got {type(record).__name__}")
     response = _field(record, "response", dict)
     steps, labels = _field(response, "steps", list), _field(response, "process_correctness", list)
     question, source = _field(record, "question", str), _field(record, "data_source", str)
     images = _field(record, "image", str | list)
     if not steps:
-        raise _Refused("no_steps", "response.steps is empty")
+        raise _Refused("empty_steps", "response.steps is empty")
     for number, step in enumerate(steps):
         if not isinstance(step, str) or not step.strip():
-            raise _Refused("empty_step", f"step {number} is {step!r:.80}, expected text")
+            raise _Refused("step_without_text", f"step {number} is {step!r:.80}, expected text")
         _check_unicode(f"step {number}", step)
     if len(steps) != len(labels):
-        raise _Refused("length_mismatch", f"{len(steps)} steps, {len(labels)} labels")
+        raise _Refused("labels_not_one_a_step", f"{len(steps)} steps, {len(labels)} labels")
     for number, label in enumerate(labels):
         if isinstance(label, bool) or label not in (1, 0, -1):
             raise _Refused("bad_label", f"label {number} is {label!r:.80}, expected 1, 0 or -1")
-    paths = [_image(image, root, digests) for image in ([images] if isinstance(images, str) else images)]
+    try:
+        paths = [finder.find(image) for image in ([images] if isinstance(images, str) else images)]
+    except ImageRefused as refused:
+        raise _Refused(refused.reason, str(refused)) from refused
     question = IMAGE_TAG.sub("", question).strip()
-    identity = json.dumps([question, [digests[path] for path in paths]])
+    identity = json.dumps([question, [_digest(path) for path in paths]])
     return {
         "id": f"{source}:{index}",
-        "images": [str(path) for path in paths],
+        "images": paths,
         "prompt": question,
         "completions": steps,
         "labels": [int(label) for label in labels],
@@ -273,28 +282,4 @@ def _check_unicode(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Refused("not_unicode", f"{name} holds a lone surrogate, which no tokenizer reads") from error
-
-
-def _image(name: Any, root: Path, digests: dict[Path, str]) -> Path:
-    """Find a picture below `root` and decode it once, so that a broken file is refused here and not in the model."""
-    if not isinstance(name, str):
-        raise _Refused("bad_field", f"image: expected a path, got {name!r:.80}")
-    try:
-        path = (root / name).resolve()
-        found = path.is_file()
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
-        raise _Refused("image_missing", f"{name!r:.80}: {error}") from error
-    if not path.is_relative_to(root):
-        raise _Refused("image_outside_root", f"{name!r:.80} leads out of {root}")
-    if not found:
-        raise _Refused("image_missing", f"{name!r:.80} is not in {root}")
-    if path not in digests:
-        try:
-            bomb = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-            with bomb, Image.open(path) as image:
-                image.load()
-        except Exception as error:  # Pillow's decoders raise many types
-            raise _Refused("image_unreadable", f"{name!r:.80}: {error}") from error
-        digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return path
+        raise _Refused("text_not_unicode", f"{name} holds a lone surrogate, which no tokenizer reads") from error

@@ -25,7 +25,6 @@ import re
 import shutil
 import tempfile
 import uuid
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -41,8 +40,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Image, List, Value
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from PIL import Image as PILImage
 from tqdm.auto import tqdm
+
+from .images import ImageFinder, ImageRefused, check_image
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,6 @@ FEATURES = Features(
         "rollout_id": Value("string"),
     }
 )
-MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
 Paths = str | os.PathLike | list[str | os.PathLike]
 
 
@@ -194,11 +193,11 @@ def read_rollouts(
 
     ```
     """
-    finders: dict[Path | None, _ImageFinder] = {}
+    finders: dict[Path | None, ImageFinder] = {}
     for file, folder, number, source, record in _records(inputs):
         root = folder if image_root is None else Path(image_root)
         if root not in finders:
-            finders[root] = _ImageFinder(root, check_images)
+            finders[root] = ImageFinder(root, check_images)
         try:
             row = _to_row(record, finders[root])
             # Known by file and line, not by its own source: two files may share a source.
@@ -335,13 +334,13 @@ def chunks(rows: Iterable, size: int) -> Iterator[list]:
 # ---- one row
 
 
-def _to_row(record: dict | None, images: "_ImageFinder") -> dict:
+def _to_row(record: dict | None, images: ImageFinder) -> dict:
     if record is None:
         raise _Refused(Reason.NOT_JSON)
     row = _raw_row(record) if record.get("steps_with_score") is not None else _stepwise_row(record)
     if all(score is None for score in row["mc_scores"]):
         raise _Refused(Reason.NOTHING_MEASURED)
-    row["images"] = [images.find(image) for image in image_list(record)]
+    row["images"] = [_find_image(image, images) for image in image_list(record)]
     return row
 
 
@@ -447,67 +446,16 @@ def image_list(record: dict) -> list:
     return images if isinstance(images, list) else [images]
 
 
-class _ImageFinder:
-    """Finds and checks the images below one root, each path once."""
-
-    def __init__(self, root: Path | None, check: bool):
-        self.root = None if root is None else os.path.realpath(root)
-        self.check = check
-        self.found: dict[str, str | Reason] = {}
-
-    def find(self, image: object) -> dict:
-        path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
-        if data is not None:
-            if not _is_readable(io.BytesIO(data)):
-                raise _Refused(Reason.IMAGE_UNREADABLE)
-            return {"path": None, "bytes": data}
-        if not isinstance(path, str) or not path:
-            raise _Refused(Reason.IMAGE_NOT_A_PATH)
-        if not self.check:
-            return {"path": path, "bytes": None}
-        if path not in self.found:
-            self.found[path] = self._look(_unicode(path))
-        if isinstance(found := self.found[path], Reason):
-            raise _Refused(found)
-        return {"path": found, "bytes": None}
-
-    def _look(self, path: str) -> str | Reason:
-        if self.root is None:
-            return Reason.IMAGE_MISSING
-        # The annotations say VisualPRM400K-v1.1-Raw/<x>, and images.zip unpacks to images/<x>. Short paths of NLVR2
-        # (images/train-*.png) lie in images/nlvr2/.
-        short = path.removeprefix("VisualPRM400K-v1.1-Raw/")
-        reason = Reason.IMAGE_MISSING
-        for candidate in dict.fromkeys([path, short, f"images/{short}", f"images/nlvr2/{short}"]):
-            try:
-                real = os.path.realpath(os.path.join(self.root, candidate))
-                if os.path.commonpath([self.root, real]) != self.root:
-                    reason = Reason.IMAGE_OUTSIDE_ROOT
-                elif os.path.isfile(real):
-                    with open(real, "rb") as file:
-                        return real if _is_readable(file) else Reason.IMAGE_UNREADABLE
-            except PermissionError:
-                return Reason.IMAGE_UNREADABLE
-            except (OSError, ValueError):  # a name that no file can have: too long, or with a zero byte
-                continue
-        return reason
-
-
-def _is_readable(file: io.BufferedIOBase) -> bool:
+def _find_image(image: object, finder: ImageFinder) -> dict:
+    """An image as [`~datasets.Image`] stores it: a path, or the bytes that came with the row."""
+    path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-            image = PILImage.open(file)
-        if image.width * image.height > MAX_PIXELS:
-            return False
-        file.seek(max(file.seek(0, os.SEEK_END) - 64, 0))
-        if (end := {"PNG": b"IEND", "JPEG": b"\xff\xd9"}.get(image.format)) and end in file.read():
-            return True
-        file.seek(0)
-        PILImage.open(file).load()
-        return True
-    except Exception:  # a broken file can raise anything in a decoder: OSError, SyntaxError, struct.error, ...
-        return False
+        if data is None:
+            return {"path": finder.find(path), "bytes": None}
+        check_image(io.BytesIO(data))
+    except ImageRefused as refused:
+        raise _Refused(Reason(refused.reason)) from refused
+    return {"path": None, "bytes": data}
 
 
 # ---- the Hub
