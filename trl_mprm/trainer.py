@@ -282,6 +282,7 @@ class ProcessRewardTrainer(Trainer):
             dataset_name=dataset_name,
             step_format=self.step_format,
             hub_model_id=self.args.hub_model_id,
+            images=is_vision_language(self.model.config),
             dataset=describe_dataset(self.train_dataset),
             selection=self.selection,
             peft_config=peft_config,
