@@ -1,0 +1,265 @@
+"""
+The base of the miniature: a Qwen2.5-VL of one million parameters that has the skill but not the task.
+
+    python -m trl_mprm.demo.base --output trl_mprm/demo/base_model
+
+It learns to read tiles, to add, and to judge single statements that join one tile and one sum, in another format:
+
+    user       <picture> check 4 blue add         (some idle words, so that nothing hangs on absolute positions)
+    assistant  red 7 blue 2 given 3 , pink is 4 total 7 ? true look 9 the grey is 5 left 6 check false ...
+
+The words around a statement are idle ones, so that the check hangs on the statement and not on a question mark.
+It never sees a chain of steps, a marker, "Yes" or "No". So it is near chance as a process reward model until it is
+trained as one, as the bases of the paper are (Table 2: 52.28 and 49.68).
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from tqdm.auto import trange
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+from .world import NAMES, TILE, draw_tile
+
+
+BASE_MODEL = Path(__file__).parent / "base_model"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>", "<|unknown|>"]  # fmt: skip
+WORDS = [
+    *"system user assistant Yes No true false".split(), *(str(d) for d in range(10)), *NAMES,
+    *"add take from options is total left answer wait look at the picture check given , ?".split(),
+]  # fmt: skip
+IDLE = "add take from options answer wait look at the picture check given , ?".split()
+CHAT_TEMPLATE = (  # Qwen's form, without its default system turn
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_processor() -> Qwen2_5_VLProcessor:
+    """Build the real Qwen2.5-VL processor from parts, around a tokenizer of whole words."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<|unknown|>",
+        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+                              "start_token": "<|im_start|>", "vision_start_token": "<|vision_start|>",
+                              "vision_end_token": "<|vision_end|>"},
+    )  # fmt: skip
+    pixels = {"patch_size": 14, "merge_size": 2, "min_pixels": TILE * TILE, "max_pixels": 9 * TILE * TILE}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**pixels),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
+    """Build the model with fresh weights; seed torch before."""
+    tokenizer = processor.tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in {
+        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    }.items()}  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "use_sliding_window": False, "tie_word_embeddings": False,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128,
+        "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [0, 1],
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def tile_pixels(processor: Qwen2_5_VLProcessor) -> torch.Tensor:
+    """
+    Pixel values of every tile, shape (9 colours, 10 digits, 4 patches, 1176).
+
+    A tile is exactly one merged token, so the pixel values of a grid are those of its tiles one after the other. This
+    spares the base training its pictures.
+    """
+    tiles = [draw_tile(c, d) for c in range(len(NAMES)) for d in range(10)]
+    return processor.image_processor(tiles, return_tensors="pt")["pixel_values"].reshape(len(NAMES), 10, 4, -1)
+
+
+def draw_batch(
+    n: int, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, readings: int = 3, statements: int = 5
+) -> dict[str, np.ndarray]:
+    """
+    Draw `n` grids, each with some readings and some statements about other tiles, half of them true.
+
+    Returns:
+        `dict`: `colours`, `digits` (n, 9); `idle` (n, some) token ids for the question; `text` (n, length) token ids
+        of the assistant; `asked` positions of the text, and `target` (n, asked) what should follow there. Inside a
+        statement that is the true digit, then whether the stated one is right, and the same for the value: without
+        these hints "true or false" stays a coin toss for a thousand updates.
+    """
+    word = {w: i for w, i in tokenizer.get_vocab().items()}
+    number = np.array([word[str(d)] for d in range(10)])
+    name = np.array([word[c] for c in NAMES])
+    grids = np.tile(np.arange(9), (n, 1))
+    colours, digits = rng.permuted(grids, axis=1), rng.integers(1, 10, (n, 9))
+    order = rng.permuted(grids, axis=1)  # readings and statements are about different tiles
+    tile_colour = np.take_along_axis(colours, order, axis=1)
+    tile_digit = np.take_along_axis(digits, order, axis=1)
+
+    idle_words = [word[w] for w in IDLE]
+    columns, asked, target = [], [], []
+    for k in range(readings):
+        columns.append(name[tile_colour[:, k]])
+        asked.append(len(columns) - 1)
+        target.append(number[tile_digit[:, k]])
+        columns.append(target[-1])
+    for k in range(readings, readings + statements):
+        shown, given = tile_digit[:, k], rng.integers(0, 10, n)
+        sign = rng.choice([1, -1], n)
+        slip, misread = rng.random(n) < 0.5, rng.random(n) < 0.5
+        digit = np.where(slip & misread, (shown - 1 + rng.integers(1, 9, n)) % 9 + 1, shown)
+        result = (given + sign * digit) % 10
+        value = (result + np.where(slip & ~misread, rng.integers(1, 10, n), 0)) % 10
+        around = rng.choice(idle_words, (3, n))
+        columns += [around[0], number[given], around[1], name[tile_colour[:, k]], np.full(n, word["is"]),
+                    number[digit], np.where(sign > 0, word["total"], word["left"]), number[value],
+                    around[2]]  # fmt: skip
+        end = len(columns) - 1
+        asked += range(end - 4, end + 1)  # after "is", the digit, "total" or "left", the value, and the word behind it
+        verdicts = [np.where(wrong, word["false"], word["true"]) for wrong in (misread & slip, slip & ~misread, slip)]
+        target += [number[shown], verdicts[0], number[result], verdicts[1], verdicts[2]]
+        columns.append(target[-1])
+    idle = rng.choice([word[w] for w in WORDS[7:]], (n, rng.integers(0, 12)))
+    return {"colours": colours, "digits": digits, "idle": idle, "text": np.stack(columns, axis=1),
+            "asked": np.array(asked), "target": np.stack(target, axis=1)}  # fmt: skip
+
+
+def train_base(
+    output: Path,
+    minutes: float,
+    seed: int = 0,
+    start: Path | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Train the base for `minutes`, from fresh weights or from `start`, and save it in half precision to `output`."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    model = build_model(processor)
+    if start:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    pixels = tile_pixels(processor)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "check"}]}],
+        tokenize=False, add_generation_prompt=True,
+    )  # fmt: skip
+    head = torch.tensor(tokenizer(prompt.replace("<|image_pad|>", " <|image_pad|>" * 9)).input_ids)
+    head, tail = head.expand(batch_size, -1).split([len(head) - 3, 3], dim=1)  # the idle words go before <|im_end|>
+    grid = torch.tensor([[1, 6, 6]]).expand(batch_size, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    true, false = tokenizer.convert_tokens_to_ids(["true", "false"])
+
+    begin, log = time.time(), []
+    bar = trange(10**9, desc="base", mininterval=10)
+    for step in bar:
+        done = (time.time() - begin) / (60 * minutes)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 50) * min(1.0, 2 * (1 - done)) + 1e-6
+        sums_only = step < 200 and not start
+        if sums_only:
+            # Sums first, without pictures: learnt in 100 such updates, and not in 300 of the others.
+            batch = draw_batch(256, rng, tokenizer, readings=0, statements=2)
+            ids, asked, target = (torch.from_numpy(batch[name]) for name in ("text", "asked", "target"))
+            asked, target = asked[2::5], target[:, 2::5]
+            logits = model(input_ids=ids, logits_to_keep=asked).logits
+        else:
+            batch = draw_batch(batch_size, rng, tokenizer)
+            before = torch.cat([head, torch.from_numpy(batch["idle"]), tail], dim=1)
+            ids = torch.cat([before, torch.from_numpy(batch["text"])], dim=1)
+            kinds = (ids == model.config.image_token_id).int()
+            # Every row of a batch has the same layout, so one row gives the positions of all.
+            positions, _ = model.model.get_rope_index(ids[:1], mm_token_type_ids=kinds[:1], image_grid_thw=grid[:1])
+            grids = pixels[batch["colours"], batch["digits"]]
+            logits = model(
+                input_ids=ids, position_ids=positions.expand(-1, batch_size, -1), mm_token_type_ids=kinds,
+                image_grid_thw=grid, pixel_values=grids.reshape(-1, pixels.shape[-1]),
+                logits_to_keep=torch.from_numpy(batch["asked"]) + before.shape[1],
+            ).logits  # fmt: skip
+            target = torch.from_numpy(batch["target"])
+        loss = cross_entropy(logits.flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        hit = logits.argmax(-1) == target
+        if sums_only:
+            log.append([loss.item(), 0, 0, 0, hit.float().mean().item(), 0, 0])
+        else:  # three readings, then the five questions of each statement
+            judged = (logits[..., true] > logits[..., false]) == (target == true)
+            parts = (hit[:, :3], hit[:, 3::5], judged[:, 4::5], hit[:, 5::5], judged[:, 6::5], judged[:, 7::5])
+            log.append([loss.item(), *(part.float().mean().item() for part in parts)])
+        if step % 50 == 49:
+            mean = np.mean(log[-50:], axis=0).round(3).tolist()
+            # loss, readings, and in statements: digit, is it right, value, is it right, judgement
+            print(f"{time.time() - begin:5.0f} s, update {step + 1}: {mean}", flush=True)
+        if step % 500 == 499:
+            save(model, processor, output)
+    save(model, processor, output)
+
+
+def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, output: Path) -> None:
+    """Save a copy in half precision (in fp32 the weights would take 4 MB); it is loaded in fp32."""
+    model = copy.deepcopy(model)
+    forget_reward_tokens(model, processor)
+    model.to(torch.float16).save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+def forget_reward_tokens(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
+    """
+    Give "Yes" and "No" fresh rows of the LM head, which know nothing of true and false.
+
+    No text of the base has these two words, but what it never says still drifts away from what it says, and their old
+    rows told right from wrong by luck (AUC 64 as a process reward model that was never trained).
+    """
+    true, false, yes, no = processor.tokenizer.convert_tokens_to_ids(["true", "false", "Yes", "No"])
+    rows, generator = model.get_output_embeddings().weight, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        direction = torch.nn.functional.normalize(rows[true] - rows[false], dim=0)
+        for token in (yes, no):
+            noise = 0.02 * torch.randn(rows.shape[1], generator=generator)
+            rows[token] = rows.mean(0) + noise - direction * (noise @ direction)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=BASE_MODEL)
+    parser.add_argument("--minutes", type=float, default=11.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of an earlier training to go on from")
+    arguments = parser.parse_args()
+    train_base(arguments.output, arguments.minutes, arguments.seed, arguments.start)

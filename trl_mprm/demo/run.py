@@ -1,0 +1,310 @@
+"""
+The miniature from end to end, with the public API only, as a user would write it.
+
+    from trl_mprm.demo.run import run_demo
+    run_demo("runs/demo")
+
+For every seed: make a corpus and a benchmark, score the rollouts with BIS, select, train, evaluate. Then compare.
+"""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from trl_mprm import (
+    ProcessRewardConfig,
+    ProcessRewardModel,
+    ProcessRewardTrainer,
+    add_bis,
+    evaluate_model,
+    load_rollouts,
+    read_benchmark,
+    select,
+    top_fraction,
+)
+
+from ..files import write_json
+from ..modeling import add_marker, load_model, load_processing_class
+from ..rendering import StepFormat
+from . import plots
+from .base import BASE_MODEL
+from .settings import DEMO, QUICK, Settings
+from .world import write_benchmark, write_corpus
+
+
+METRICS = ("macro_f1_step_weighted", "macro_f1_pooled", "auc")
+# 97.5% quantile of Student's t by degrees of freedom: paired intervals over so few seeds must not use 1.96.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def run_demo(
+    output_dir: str | Path, quick: bool = False, qlora: bool = False, settings: Settings | None = None
+) -> dict:
+    """
+    Run the miniature and write `results.json`, pictures and every trained model with its card into `output_dir`.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder for everything; what an earlier run left there is replaced.
+        quick (`bool`, *optional*, defaults to `False`):
+            One seed and a smaller corpus: shows that everything runs, settles nothing.
+        qlora (`bool`, *optional*, defaults to `False`):
+            Train LoRA adapters on the base in 4 bit (NF4).
+        settings (`Settings`, *optional*):
+            Instead of the frozen ones.
+
+    Returns:
+        `dict`: the content of `results.json`.
+    """
+    started = time.time()
+    settings = settings or (QUICK if quick else DEMO)
+    output_dir = Path(output_dir)
+    for old in (*output_dir.glob("seed-*"), *output_dir.glob("*.png"), output_dir / "results.json"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    runs, corpora = [], {}
+    seeds = sorted({seed for seeds in settings.seeds.values() for seed in seeds})
+    for seed in seeds:
+        folder = output_dir / f"seed-{seed}"
+        print(f"\nseed {seed}: making {settings.problems:,} problems with {settings.num_mc} continuations a step")
+        corpora[seed] = make_world(folder, settings, seed)
+        runs += run_seed(folder, settings, seed, qlora)
+    summary = summarise(runs)
+    results = {
+        "quick": quick,
+        "qlora": qlora,
+        "settings": asdict(settings),
+        "corpus": corpora,
+        "runs": runs,
+        "summary": summary,
+        "verdict": verdict(summary),
+        "seconds": round(time.time() - started, 1),
+    }
+    results = json.loads(json.dumps(results))  # what is returned is what is read back: lists, string keys
+    write_json(results, output_dir / "results.json")
+    plots.draw_results(results, output_dir / "f1_by_subset.png")
+    first = output_dir / f"seed-{seeds[0]}"
+    plots.draw_corpus(load_scored(first, settings), settings.fraction, output_dir / "corpus.png")
+    trained = first / "bis10"
+    if trained.is_dir():
+        plots.draw_solution(load_prm(trained, qlora), read_benchmark(first / "benchmark"), output_dir / "solution.png")
+    print_table(results, output_dir)
+    return results
+
+
+def make_world(folder: Path, settings: Settings, seed: int) -> dict:
+    """Write the corpus, a validation split made the same way, and the benchmark; three streams of one seed."""
+    streams = [np.random.default_rng([seed, stream]) for stream in range(3)]
+    noise = {"options": settings.options, "wrong_reference": settings.wrong_reference}
+    mc = {"rollouts": settings.rollouts, "num_mc": settings.num_mc}
+    return {
+        "train": write_corpus(folder / "corpus", settings.problems, settings.policy, streams[0], **mc, **noise),
+        "validation": write_corpus(
+            folder / "validation", settings.validation_problems, settings.policy, streams[1], **mc, **noise
+        ),
+        "benchmark": write_benchmark(
+            folder / "benchmark", settings.benchmark_problems, settings.benchmark_policies, streams[2],
+            options=settings.options,
+        ),
+    }  # fmt: skip
+
+
+def load_scored(folder: Path, settings: Settings) -> Dataset:
+    rollouts = load_rollouts(folder / "corpus" / "annotations", image_root=folder / "corpus")
+    return rollouts.map(add_bis, fn_kwargs={"alpha": settings.alpha}, batched=True)
+
+
+def run_seed(folder: Path, settings: Settings, seed: int, qlora: bool) -> list[dict]:
+    """All rows of one seed: select, train, evaluate."""
+    scored = load_scored(folder, settings)
+    validation = load_rollouts(folder / "validation" / "annotations", image_root=folder / "validation")
+    benchmark = read_benchmark(folder / "benchmark")
+    runs = []
+    for subset in (subset for subset, seeds in settings.seeds.items() if seed in seeds):
+        print(f"seed {seed}: {subset}")
+        rows, selection = select_rows(subset, scored, folder, settings, seed)
+        started, steps = time.time(), 0
+        if rows is None:
+            prm = zero_shot_prm()
+        else:
+            adapter = qlora or subset.endswith("-lora")
+            trainer = train(rows, validation, selection, folder / subset, settings, seed, adapter, qlora)
+            prm, steps = load_prm(folder / subset, qlora), trainer.state.global_step
+        seconds = time.time() - started
+        metrics = evaluate_model(prm, benchmark, batch_size=64, output_dir=folder / f"evaluation-{subset}")
+        if rows is not None:
+            trainer.create_model_card(results=metrics, benchmark="miniature of VisualProcessBench")
+        runs.append({
+            "subset": subset,
+            "seed": seed,
+            "rollouts": 0 if rows is None else len(rows),
+            "optimizer_steps": steps,
+            "seconds": round(seconds, 1),
+            **{name: metrics[name] for name in METRICS},
+            "threshold_protocol": metrics["threshold_protocol"],
+        })  # fmt: skip
+    return runs
+
+
+def select_rows(
+    subset: str, scored: Dataset, folder: Path, settings: Settings, seed: int
+) -> tuple[Dataset | None, dict | None]:
+    """Training rows of a subset, and the report of its selection."""
+    if subset == "zero-shot":
+        return None, None
+    if subset == "full":
+        return scored, None
+    if subset in ("bis10", "bis10-lora"):
+        keep = top_fraction(scored, settings.fraction, by="source")
+        return scored.filter(keep), keep.report
+    selection = select(scored, rule="random", fraction=settings.fraction, seed=seed)
+    if subset == "random10":
+        return scored.filter(selection), selection.report
+    # The same rows with true labels: what the label noise costs.
+    rows = scored if subset == "true-full" else scored.filter(selection)
+    truth = json.loads((folder / "corpus" / "true_labels.json").read_text(encoding="utf-8"))
+    labels = [[-100.0 if v < 0 else float(v) for v in truth[name]] for name in rows["rollout_id"]]
+    return rows.remove_columns("labels").add_column("labels", labels), None
+
+
+def train(
+    rows: Dataset, validation: Dataset, selection: dict | None, output_dir: Path, settings: Settings, seed: int,
+    adapter: bool = False, qlora: bool = False,
+) -> ProcessRewardTrainer:  # fmt: skip
+    """Train one process reward model with its card: the same recipe for every subset."""
+    lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank)
+    trainer = ProcessRewardTrainer(
+        model=str(BASE_MODEL),
+        args=ProcessRewardConfig(
+            output_dir=str(output_dir),
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=settings.lora_learning_rate if adapter else settings.learning_rate,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=50,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=rows,
+        eval_dataset=validation,
+        peft_config=lora if adapter else None,
+        quantization_config=nf4() if qlora else None,
+        selection=selection,
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    return trainer
+
+
+def nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def load_prm(folder: Path, qlora: bool) -> ProcessRewardModel:
+    return ProcessRewardModel.from_pretrained(folder, quantization_config=nf4() if qlora else None)
+
+
+def zero_shot_prm() -> ProcessRewardModel:
+    """The base as it is, read at a marker that it has never seen."""
+    model, processor = load_model(str(BASE_MODEL)), load_processing_class(str(BASE_MODEL), vision=True)
+    add_marker(model, processor, StepFormat())
+    return ProcessRewardModel(model, processor)
+
+
+def interval(values: list[float]) -> dict:
+    """Mean of a few seeds with its 95% interval by Student's t; no interval from one seed."""
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None, "seeds": 1}
+    half = STUDENT[n - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": n}
+
+
+def summarise(runs: list[dict]) -> dict:
+    """Means of every subset, and differences paired by seed."""
+    by_subset: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        by_subset.setdefault(run["subset"], {})[run["seed"]] = run
+    subsets = {
+        subset: {name: interval([run[name] for run in of_seed.values()]) for name in METRICS}
+        for subset, of_seed in by_subset.items()
+    }
+    pairs = {}
+    for one, other in (
+        ("bis10", "random10"),
+        ("bis10", "full"),
+        ("full", "random10"),
+        ("full", "zero-shot"),
+        ("true10", "random10"),
+        ("true-full", "full"),
+    ):
+        both = sorted(by_subset.get(one, {}).keys() & by_subset.get(other, {}).keys())
+        if both:
+            pairs[f"{one} - {other}"] = {
+                name: interval([by_subset[one][seed][name] - by_subset[other][seed][name] for seed in both])
+                for name in METRICS
+            }
+    return {"subsets": subsets, "paired_differences": pairs}
+
+
+def verdict(summary: dict) -> dict:
+    """
+    What the figures say, by criteria that were written before the final seeds ran.
+
+    On the paper's metric, step-weighted macro-F1, difference paired by seed: "ahead" if the 95% interval lies above 0,
+    "behind" if below, otherwise "not settled".
+    """
+    answers = {}
+    for question, pair in (
+        ("BIS-10% against random-10%", "bis10 - random10"),
+        ("BIS-10% against full", "bis10 - full"),
+    ):
+        difference = summary["paired_differences"].get(pair, {}).get("macro_f1_step_weighted")
+        if difference is None:
+            answers[question] = {"answer": "not run", "words": f"{question}: not run."}
+            continue
+        points, low, high = (None if v is None else 100 * v for v in list(difference.values())[:3])
+        if low is None:
+            answer, words = "one seed", f"{points:+.1f} points F1 on one seed; one seed settles nothing"
+        else:
+            answer = "ahead" if low > 0 else "behind" if high < 0 else "not settled"
+            words = f"{answer}, {points:+.1f} points F1 (95% interval {low:+.1f} to {high:+.1f}, "
+            words += f"{difference['seeds']} seeds)"
+        answers[question] = {"answer": answer, "words": f"{question}: {words}."}
+    return {
+        "criterion": "ahead or behind if the 95% interval of the seed-paired difference in step-weighted macro-F1 "
+        "leaves out 0, else not settled",
+        **answers,
+    }
+
+
+def print_table(results: dict, output_dir: Path) -> None:
+    """The one table of the demo, the verdict, and what was written."""
+    runs = {}
+    for run in results["runs"]:
+        runs.setdefault(run["subset"], []).append(run)
+    print(f"\n{'subset':<12}{'seeds':>6}{'rollouts':>10}{'updates':>9}{'s':>7}{'F1':>8}{'95% interval':>16}{'AUC':>8}")
+    for subset, rows in runs.items():
+        f1, auc = (results["summary"]["subsets"][subset][name] for name in ("macro_f1_step_weighted", "auc"))
+        spread = "" if f1["low"] is None else f"{100 * f1['low']:.1f} to {100 * f1['high']:.1f}"
+        rollouts, steps, seconds = (np.mean([r[k] for r in rows]) for k in ("rollouts", "optimizer_steps", "seconds"))
+        print(f"{subset:<12}{len(rows):>6}{rollouts:>10,.0f}{steps:>9,.0f}{seconds:>7.0f}"
+              f"{100 * f1['mean']:>8.1f}{spread:>16}{100 * auc['mean']:>8.1f}")  # fmt: skip
+    print("F1: step-weighted macro-F1 x 100, held-out threshold. true10, true-full: random10, full with true labels.")
+    for answer in results["verdict"].values():
+        if isinstance(answer, dict):
+            print(answer["words"])
+    if results["quick"]:
+        print("QUICK: one seed on a smaller corpus. It shows that everything runs; it settles nothing.")
+    print(f"{results['seconds']:.0f} s. Wrote {output_dir}/: results.json, f1_by_subset.png, corpus.png, "
+          "solution.png, seed-*/<subset>/ (models with their cards)")  # fmt: skip
