@@ -47,7 +47,7 @@ if __name__ == "__main__":
         train_dataset=scored.filter(best),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        selection=best.report,
+        selection=best.report | {"alpha": script_args.alpha},
     )
     trainer.train()
     trainer.save_model(training_args.output_dir)

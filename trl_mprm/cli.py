@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             return train(argv[1:])
         args = _parser().parse_args(argv)
         return args.command(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -175,7 +175,7 @@ def train(argv: list[str]) -> int:
         )
         rollouts, report = rollouts.select(selection.indices), selection.report
     else:
-        report = _selection_beside(data.dataset_name)
+        report = _selection_beside(data.dataset_name, len(rollouts))
     args.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -191,10 +191,12 @@ def train(argv: list[str]) -> int:
         peft_config=get_peft_config(model),
         selection=report,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
+    trainer.create_model_card(dataset_name=data.dataset_name)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
     if trainer.is_world_process_zero():
@@ -208,11 +210,12 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _selection_beside(dataset: str) -> dict | None:
-    """The evidence that `trl-mprm select` wrote beside the rows, for the card."""
+def _selection_beside(dataset: str, n_rows: int) -> dict | None:
+    """The evidence that `trl-mprm select` wrote beside the rows, for the card; None if it tells of other rows."""
     path = Path(dataset)
     path = (path.parent if path.is_file() else path) / "selection.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return report if report is not None and report["total"]["kept"] == n_rows else None
 
 
 def _load_prm(args: argparse.Namespace):

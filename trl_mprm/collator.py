@@ -69,6 +69,9 @@ def check_labels(row: dict[str, Any], name: str) -> None:
     labels, steps = row["labels"], row["completions"]
     if len(labels) != len(steps):
         raise ValueError(f"{name}: {len(labels)} labels for {len(steps)} steps, expected one label a step")
+    for number, step in enumerate(steps):
+        if not isinstance(step, str) or not step.strip():
+            raise ValueError(f"{name}: step {number} is {step!r}, expected text: remove the empty step and its label")
     for number, label in enumerate(labels):
         if label is None or math.isnan(label) or not (0 <= label <= 1 or label == IGNORE_INDEX):
             raise ValueError(

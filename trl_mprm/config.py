@@ -17,6 +17,9 @@ class ProcessRewardConfig(TrainingArguments):
     Parameters:
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained`, used when `model` is given as a string.
+        processor_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the processor's `from_pretrained`, as `{"max_pixels": 200704}`. Saved with the
+            model, so scoring sees pictures of the same size.
         marker (`str`, *optional*, defaults to `"<prm>"`):
             Token after every step, at which the reward is read. Added to the vocabulary where it is missing.
         reward_tokens (`list[str]`, *optional*, defaults to `["Yes", "No"]`):
@@ -35,7 +38,7 @@ class ProcessRewardConfig(TrainingArguments):
     > raw columns).
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "processor_kwargs"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
@@ -46,6 +49,9 @@ class ProcessRewardConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the raw columns."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when the model is a string."}
+    )
+    processor_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for the processor, as {'max_pixels': 200704}."}
     )
     marker: str = field(default=StepFormat.marker, metadata={"help": "Token after every step."})
     reward_tokens: list[str] = field(
@@ -61,6 +67,11 @@ class ProcessRewardConfig(TrainingArguments):
             raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
         if len(self.reward_tokens) != 2:
             raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two: for a good step, for a bad step")
+        if self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"hub_strategy is {self.hub_strategy!r}, expected 'end' or 'every_save': "
+                "checkpoints to resume from hold pickles, which are not published"
+            )
         super().__post_init__()
 
     @property

@@ -8,10 +8,11 @@ Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`: transfo
 import copy
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -30,14 +31,9 @@ from .rendering import ProcessingClass, StepFormat, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
-# What stands between vision encoder and decoder and is trained, as in the paper. Most architectures keep it outside the
-# encoder; these keep it inside:
-PROJECTORS = {
-    "qwen2_vl": "merger",
-    "qwen2_5_vl": "merger",
-    "qwen3_vl": r"merger|deepstack_merger_list",
-    "qwen3_vl_moe": r"merger|deepstack_merger_list",
-}
+# What stands between vision encoder and decoder is trained, as in the paper. Most architectures keep it outside the
+# encoder (`multi_modal_projector`, `connector`); the Qwen-VL families and their kin keep it inside, under these names.
+PROJECTORS_IN_ENCODER = re.compile(r"(merger|deepstack_merger_list)\b")
 
 
 def is_vision_language(config: PreTrainedConfig) -> bool:
@@ -58,19 +54,25 @@ def load_model(
         model_init_kwargs:
             Passed to `from_pretrained`; `dtype` is float32 by default, as in TRL.
     """
-    kwargs = {"dtype": torch.float32, **model_init_kwargs}
-    config_kwargs = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-    config = AutoConfig.from_pretrained(model_id, **config_kwargs)
+    if (Path(model_id) / "adapter_config.json").is_file():
+        raise ValueError(f"{model_id} is an adapter: name its base here, or score it with ProcessRewardModel")
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_init_kwargs}
+    config = AutoConfig.from_pretrained(model_id, **pinned(kwargs))
     auto = AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
     if quantization_config is not None:
         quantization_config = copy.deepcopy(quantization_config)
         with torch.device("meta"):
-            empty = auto.from_config(config)
+            empty = auto.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
         quantization_config.llm_int8_skip_modules = modules_beside_decoder(empty)
         kwargs["quantization_config"] = quantization_config
     model = auto.from_pretrained(model_id, **kwargs)
     keep_4bit_gradients_on_cpu(model)
     return model
+
+
+def pinned(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that config and processor share with the weights."""
+    return {key: model_init_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_init_kwargs}
 
 
 def load_processing_class(model_id: str, vision: bool, **kwargs: Any) -> ProcessingClass:
@@ -141,10 +143,11 @@ def add_marker(model: PreTrainedModel, processing_class: ProcessingClass, step_f
     """Add the marker to tokenizer and embeddings where it is missing; its row starts as the mean of the others."""
     tokenizer = tokenizer_of(processing_class)
     known = tokenizer.get_vocab()
+    rows = model.get_input_embeddings().weight.shape[0]
     if step_format.marker not in known:
         tokenizer.add_tokens([step_format.marker], special_tokens=True)
     # Many checkpoints have spare rows (Qwen2.5-VL: 152,064 for 151,665 tokens); then nothing is resized.
-    short = len(tokenizer) > model.get_input_embeddings().num_embeddings
+    short = len(tokenizer) > rows
     if short:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if short or step_format.marker not in known:
@@ -156,13 +159,18 @@ def add_marker(model: PreTrainedModel, processing_class: ProcessingClass, step_f
 
 def freeze_vision_encoder(model: PreTrainedModel) -> None:
     """Freeze the vision encoder, not the projector behind it, as the paper does (its Table 7)."""
-    projector = re.compile(rf"({PROJECTORS.get(model.config.model_type, '$^')})\b")
-    for name, parameter in model.get_encoder("image").named_parameters():
-        if not projector.match(name):
+    encoder = model.get_encoder("image")
+    if encoder is model or encoder is model.base_model:
+        raise ValueError(
+            f"cannot tell the vision encoder of {type(model).__name__} from the rest: "
+            "set freeze_vision_encoder=False, or freeze it yourself"
+        )
+    for name, parameter in encoder.named_parameters():
+        if not PROJECTORS_IN_ENCODER.match(name):
             parameter.requires_grad_(False)
 
 
-def fill_peft_config(peft_config: PeftConfig, model: PreTrainedModel, marker_id: int) -> PeftConfig:
+def fill_peft_config(peft_config: LoraConfig, model: PreTrainedModel, marker_id: int) -> LoraConfig:
     """Where the user left them open: adapt the decoder's linear layers, and train the marker's embedding row."""
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
@@ -199,4 +207,5 @@ def step_logits(
             f"expected logits at the {int(markers.sum())} markers only, got shape {tuple(logits.shape)}: this model's "
             "forward does not take a boolean `logits_to_keep` (transformers >= 5.21 native classes do)"
         )
-    return (logits[:, good_id] - logits[:, bad_id]).float()
+    good, bad = logits[:, [good_id, bad_id]].float().unbind(-1)
+    return good - bad

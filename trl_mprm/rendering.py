@@ -62,7 +62,8 @@ class StepFormat:
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> StepIds:
         """Look the tokens up. Raises `ValueError` where the tokenizer lacks the marker or splits a reward token."""
-        if self.marker not in tokenizer.get_vocab():
+        marker = tokenizer.convert_tokens_to_ids(self.marker)
+        if marker is None or marker == tokenizer.unk_token_id:
             raise ValueError(
                 f"the tokenizer has no marker token {self.marker!r}: train with ProcessRewardTrainer first, "
                 "or name a marker that the tokenizer has"
@@ -74,8 +75,10 @@ class StepFormat:
                     f"reward token {token!r} is {len(ids)} tokens of this tokenizer ({ids}), expected one it knows: "
                     "set reward_tokens to two words that are one token each"
                 )
+        if reward[0] == reward[1]:
+            raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two different tokens")
         joiner = tokenizer.encode(self.joiner, add_special_tokens=False)
-        return StepIds(tokenizer.convert_tokens_to_ids(self.marker), reward[0][0], reward[1][0], joiner)
+        return StepIds(marker, reward[0][0], reward[1][0], joiner)
 
     def save(self, folder: str | os.PathLike) -> None:
         write_json(asdict(self), Path(folder) / self.FILE_NAME)
@@ -88,8 +91,13 @@ class StepFormat:
             raise FileNotFoundError(
                 f"{folder} has no {cls.FILE_NAME}: expected a checkpoint saved by ProcessRewardTrainer"
             )
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(values["marker"], tuple(values["reward_tokens"]), values["joiner"])
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(values["marker"], tuple(values["reward_tokens"]), values["joiner"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected marker, reward_tokens and joiner ({error!r}): save it again"
+            ) from error
 
 
 def tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
@@ -110,7 +118,10 @@ def render_prefix_text(row: dict[str, Any], processing_class: ProcessingClass) -
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(processing_class, ProcessorMixin):
-        messages = prepare_multimodal_messages(messages, row.get("images") or [])
+        images = row.get("images") or []
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            raise ValueError(f"`images` is one {type(images).__name__}, expected a list: write images=[image]")
+        messages = prepare_multimodal_messages(messages, images)
     elif row.get("images"):
         raise ValueError(
             f"{len(row['images'])} images came with a text-only model: use a vision-language model, "
@@ -121,10 +132,15 @@ def render_prefix_text(row: dict[str, Any], processing_class: ProcessingClass) -
     return processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def check_prompt(prompt: str | list[dict[str, Any]], special_tokens: Sequence[str]) -> None:
-    """Raise `ValueError` where a question contains a special token: it could forge an image, a turn or a marker."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that no question may contain: one could forge an image, a turn or a marker."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -> None:
+    """Raise `ValueError` where a question contains one of the tokens `forbidden`."""
     text = prompt if isinstance(prompt, str) else "\n".join(_texts(prompt))
-    for token in special_tokens:
+    for token in forbidden:
         if token in text:
             raise ValueError(
                 f"the prompt contains the special token {token!r}: remove it "
@@ -158,13 +174,11 @@ def render_prefixes(rows: Sequence[dict[str, Any]], processing_class: Processing
         `tuple[list[dict], dict]`: one dict a row with `input_ids` (`list[int]`, image placeholders expanded) and, where
         the processor has them, its `TOKEN_TYPES`; and the image tensors of the whole batch, in row order.
     """
-    special_tokens = [
-        token.content for token in tokenizer_of(processing_class).added_tokens_decoder.values() if token.special
-    ]
+    forbidden = special_tokens(tokenizer_of(processing_class))
     texts, images = [], []
     for index, row in enumerate(rows):
         try:
-            check_prompt(row["prompt"], special_tokens)
+            check_prompt(row["prompt"], forbidden)
             texts.append(render_prefix_text(row, processing_class))
             images.append([open_image(image) for image in row.get("images") or []])
         except ValueError as error:
@@ -194,7 +208,9 @@ def render_prefixes(rows: Sequence[dict[str, Any]], processing_class: Processing
         tokenizer = tokenizer_of(processing_class)
         encoded = tokenizer([texts[index] for index in text_only], add_special_tokens=special)
         for index, ids in zip(text_only, encoded["input_ids"], strict=True):
-            prefixes[index]["input_ids"] = ids
+            # Some tokenizers close plain text, before the steps have come.
+            closed = special and ids[-1:] == [tokenizer.eos_token_id]
+            prefixes[index]["input_ids"] = ids[:-1] if closed else ids
     return prefixes, image_tensors
 
 
@@ -218,6 +234,8 @@ def render_steps(
     tokens: list[int] = []
     positions: list[int] = []
     for number, step_ids in enumerate(encoded):
+        if ids.marker in step_ids:
+            raise ValueError(f"step {number} contains the marker: remove it from the text, it is inserted as a token")
         tokens += (ids.joiner if number else []) + step_ids + [ids.marker]
         positions.append(len(tokens) - 1)
     return tokens, positions

@@ -87,18 +87,22 @@ class ProcessRewardModel:
         folder = Path(model_id)
         if not folder.is_dir():
             try:
-                folder = Path(snapshot_download(str(model_id), revision=revision))
+                ignore = ["*.bin", "*.pt", "*.pth", "checkpoint-*/*"]  # pickles are never loaded
+                folder = Path(snapshot_download(str(model_id), revision=revision, ignore_patterns=ignore))
             except HFValidationError as error:
                 raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
         step_format = StepFormat.load(folder)
         is_adapter = (folder / "adapter_config.json").is_file()
         if is_adapter:
-            base_model = base_model or PeftConfig.from_pretrained(folder).base_model_name_or_path
+            peft_config = PeftConfig.from_pretrained(folder)
+            if base_model is None:
+                base_model, base_revision = peft_config.base_model_name_or_path, peft_config.revision
+                model_init_kwargs = {**({"revision": base_revision} if base_revision else {}), **model_init_kwargs}
         model = load_model(base_model if is_adapter else str(folder), quantization_config, **model_init_kwargs)
         processing_class = load_processing_class(str(folder), is_vision_language(model.config))
         if is_adapter:
             add_marker(model, processing_class, step_format)
-            model = PeftModel.from_pretrained(model, folder)
+            model = PeftModel.from_pretrained(model, folder, use_safetensors=True)
         return cls(model, processing_class, step_format)
 
     def merge_and_unload(self) -> "ProcessRewardModel":

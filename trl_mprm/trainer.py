@@ -1,7 +1,10 @@
 """A thin `transformers.Trainer` that trains process reward models, for images and text."""
 
+import functools
+import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,14 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
+from transformers.utils import ADAPTER_CONFIG_NAME, PushInProgress
 
 from .collator import IGNORE_INDEX, DataCollatorForProcessReward, check_labels
 from .config import ProcessRewardConfig
+from .files import write_json
 from .loss import step_loss, step_targets
 from .metrics import step_metrics
-from .model_card import model_card
+from .model_card import model_card, public_name
 from .modeling import (
     add_marker,
     fill_peft_config,
@@ -37,9 +41,10 @@ from .modeling import (
     is_vision_language,
     load_model,
     load_processing_class,
+    pinned,
     step_logits,
 )
-from .rendering import ProcessingClass, row_name, tokenizer_of
+from .rendering import ProcessingClass, check_prompt, row_name, special_tokens, tokenizer_of
 
 
 logger = logging.getLogger(__name__)
@@ -64,7 +69,8 @@ class ProcessRewardTrainer(Trainer):
         processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the processor or tokenizer of `model`.
         compute_metrics (`Callable`, *optional*):
-            Defaults to [`step_metrics`] on P(step good), with the hard label as truth.
+            Predictions are the logits of P(step good) and label ids the labels, `(rows, most steps)`, padded with -100.
+            Defaults to [`step_metrics`], with the hard label as truth.
         callbacks, optimizers:
             As in [`~transformers.Trainer`].
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -104,28 +110,38 @@ class ProcessRewardTrainer(Trainer):
             args = ProcessRewardConfig(f"{Path(model_id).name or 'model'}-PRM")
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process a GPU")
+        init_kwargs = args.model_init_kwargs or {}
         # Trainer seeds too late for the weights that LoRA draws.
         set_seed(args.seed)
         if isinstance(model, str):
             if quantization_config is not None and peft_config is None:
                 raise ValueError("quantised weights cannot be trained: give a `peft_config` with the quantisation")
-            model = load_model(model, quantization_config, **(args.model_init_kwargs or {}))
+            model = load_model(model, quantization_config, **init_kwargs)
         elif quantization_config is not None:
             raise ValueError("`quantization_config` needs the model as a string; this one is loaded already")
         if processing_class is None:
-            processing_class = load_processing_class(model_id, is_vision_language(model.config))
+            processor_kwargs = {**pinned(init_kwargs), **(args.processor_kwargs or {})}
+            processing_class = load_processing_class(model_id, is_vision_language(model.config), **processor_kwargs)
         self.step_format = args.step_format
         add_marker(model, processing_class, self.step_format)
         self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            check_prompts(dataset, special_tokens(tokenizer_of(processing_class)), name)
+            if isinstance(dataset, IterableDataset):  # dispatching would cut a batch of pictures by rows
+                args.accelerator_config.dispatch_batches = False
         if args.freeze_vision_encoder and is_vision_language(model.config):
             freeze_vision_encoder(model)
         if peft_config is not None:
-            model = get_peft_model(model, fill_peft_config(peft_config, model, self.step_ids.marker))
+            peft_config = fill_peft_config(peft_config, model, self.step_ids.marker)
+            model = get_peft_model(model, peft_config, revision=init_kwargs.get("revision"))
+            # Where the marker made the vocabulary longer, PEFT would save the whole embedding, frozen as it is.
+            model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
             model.enable_input_require_grads()
         if args.label_names is None:
             args.label_names = ["labels"]
         self.selection = selection
+        self.compute_other_metrics = compute_metrics
         super().__init__(
             model=model,
             args=args,
@@ -133,7 +149,7 @@ class ProcessRewardTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics or self.compute_step_metrics,
+            compute_metrics=self.compute_step_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -193,7 +209,9 @@ class ProcessRewardTrainer(Trainer):
         logits, labels = prediction.predictions, prediction.label_ids
         measured = labels != IGNORE_INDEX
         targets = step_targets(torch.from_numpy(labels[measured]), self.args.loss_type, self.args.hard_threshold)
-        loss = step_loss(torch.from_numpy(logits[measured]), targets) / len(targets)
+        loss = (step_loss(torch.from_numpy(logits[measured]), targets) / len(targets)).item()
+        if self.compute_other_metrics is not None:
+            return {"loss": loss, **self.compute_other_metrics(prediction)}
         truth = np.where(labels > self.args.hard_threshold, 1, -1)
         scores = torch.from_numpy(logits).double().sigmoid().numpy()
         metrics = step_metrics(
@@ -203,7 +221,7 @@ class ProcessRewardTrainer(Trainer):
             n_resamples=0,
         )
         reported = ("macro_f1_pooled", "auc", "first_error_accuracy")
-        return {"loss": loss.item(), **{name: metrics[name] for name in reported if metrics[name] is not None}}
+        return {"loss": loss, **{name: metrics[name] for name in reported if metrics[name] is not None}}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -212,14 +230,17 @@ class ProcessRewardTrainer(Trainer):
             # A pickle that nothing here reads, with the Hub token in it if one was given.
             Path(output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
             self.step_format.save(output_dir)
+            self._hide_local_base(Path(output_dir, ADAPTER_CONFIG_NAME))
             self._write_card(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint as it is, complete and loadable; Trainer would pickle the arguments, with the Hub token."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
             return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         job = HfApi().upload_folder(
             repo_id=self.hub_model_id,
             folder_path=checkpoint_folder,
@@ -230,6 +251,18 @@ class ProcessRewardTrainer(Trainer):
             ignore_patterns=["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME],  # to resume, not to use
         )
         self.push_in_progress = PushInProgress([job])
+
+    def _hide_local_base(self, adapter_config: Path) -> None:
+        """In an adapter that goes to the Hub, a base in a local folder is named without its path."""
+        if self.hub_model_id is None or not adapter_config.is_file():
+            return
+        values = json.loads(adapter_config.read_text(encoding="utf-8"))
+        base = values["base_model_name_or_path"]
+        if public_name(base) != base:
+            logger.warning(
+                f"the base is a local folder: who loads the adapter must pass base_model ({Path(base).name})"
+            )
+            write_json({**values, "base_model_name_or_path": public_name(base)}, adapter_config)
 
     def create_model_card(
         self,
@@ -304,13 +337,13 @@ def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, An
     return [("train_dataset", train_dataset), *evals]
 
 
-def _columns(dataset: Dataset) -> pa.Table:
-    """Steps and labels as Arrow columns; images are not touched."""
-    return dataset.select_columns(["completions", "labels"]).with_format("arrow")[:]
+def _columns(dataset: Dataset, *names: str) -> pa.Table:
+    """Columns as Arrow; images are not touched."""
+    return dataset.select_columns(list(names)).with_format("arrow")[:]
 
 
 def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raise `ValueError` for the first row that cannot be trained on, before anything is; streams fail at the row."""
+    """Raise `ValueError` for the first row without steps or usable labels, before training; streams fail at the row."""
     if isinstance(dataset, IterableDataset):
         return
     missing = {"prompt", "completions", "labels"} - set(dataset.column_names)
@@ -319,25 +352,51 @@ def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
             f"{name} has no column {', '.join(sorted(missing))}; it has {', '.join(dataset.column_names)}: "
             "expected rows as load_rollouts returns them, or as TRL's PRMTrainer took them"
         )
+    if "image" in dataset.column_names and "images" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has a column `image`, expected `images`, a list a row: "
+            'map(lambda row: {"images": [row["image"]]}, remove_columns="image")'
+        )
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows: check the selection")
-    table = _columns(dataset)
-    steps, labels = table["completions"].combine_chunks(), table["labels"].combine_chunks()
+    table = _columns(dataset, "completions", "labels")
+    steps, labels = table["completions"], table["labels"].combine_chunks()
+    blank = pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.list_flatten(steps))), 0)).as_py()
     values = pc.list_flatten(labels).cast(pa.float64())
     usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
-    same_length = pc.all(pc.equal(pc.list_value_length(steps), pc.list_value_length(labels))).as_py()
+    lengths = pc.list_value_length(steps).combine_chunks()
+    same_length = pc.all(pc.equal(lengths, pc.list_value_length(labels))).as_py()
     labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])
-    if same_length and values.null_count == 0 and pc.all(usable).as_py() and len(labelled) == len(dataset):
+    good = same_length and values.null_count == 0 and pc.all(usable).as_py() and len(labelled) == len(dataset)
+    if good and not blank:
         return
     for index, row in enumerate(dataset.remove_columns([c for c in dataset.column_names if c == "images"])):
         check_labels(row, f"{name}, {row_name(row, index).removesuffix(' of the batch')}")
+
+
+def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name: str) -> None:
+    """Raise `ValueError` for the first question with a special token, before training; streams fail at the row."""
+    if isinstance(dataset, IterableDataset) or not forbidden:
+        return
+    prompts = _columns(dataset, "prompt")["prompt"]
+    if not pa.types.is_string(prompts.type):  # chat messages are checked when they are rendered
+        return
+    hits = pc.match_substring_regex(prompts, "|".join(map(re.escape, forbidden))).to_numpy().nonzero()[0]
+    if len(hits):
+        index = int(hits[0])
+        row = dataset.remove_columns([c for c in dataset.column_names if c == "images"])[index]
+        try:
+            check_prompt(row["prompt"], forbidden)
+        except ValueError as error:
+            where = row_name(row, index).removesuffix(" of the batch")
+            raise ValueError(f"{name}, {where} ({len(hits)} rows in all): {error}") from error
 
 
 def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     """Count rows, steps and sources of the training rows for the card; a stream has no counts."""
     if isinstance(dataset, IterableDataset):
         return {}
-    labels = pc.list_flatten(_columns(dataset)["labels"].combine_chunks()).cast(pa.float64())
+    labels = pc.list_flatten(_columns(dataset, "labels")["labels"].combine_chunks()).cast(pa.float64())
     measured = labels.filter(pc.not_equal(labels, IGNORE_INDEX))
     facts = {
         "rows": len(dataset),
@@ -346,6 +405,6 @@ def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
         "error_step_share": 1 - pc.mean(pc.greater(measured, 0).cast(pa.float64())).as_py(),
     }
     if "source" in dataset.column_names:
-        counts = pc.value_counts(dataset.select_columns("source").with_format("arrow")[:]["source"]).to_pylist()
+        counts = pc.value_counts(_columns(dataset, "source")["source"]).to_pylist()
         facts["sources"] = dict(sorted((count["values"], count["counts"]) for count in counts))
     return facts
