@@ -192,9 +192,10 @@ def test_base_judges_single_statements():
             pixel_values=pixels[batch["colours"], batch["digits"]].reshape(-1, pixels.shape[-1]),
             logits_to_keep=torch.from_numpy(batch["asked"]) + head.shape[1],
         ).logits  # fmt: skip
-    true, false = tokenizer.convert_tokens_to_ids(["true", "false"])
-    judged = logits[:, 7::5, true] > logits[:, 7::5, false]
-    assert (judged.numpy() == (batch["target"][:, 7::5] == true)).mean() > 0.9
+    for first, words in ((7, ["true", "false"]), (8, ["sound", "spoilt"])):  # behind each of the five statements
+        one, other = tokenizer.convert_tokens_to_ids(words)
+        judged = logits[:, first::6, one] > logits[:, first::6, other]
+        assert (judged.numpy() == (batch["target"][:, first::6] == one)).mean() > 0.9
 
 
 def test_base_is_near_chance_as_a_process_reward_model(benchmark):

@@ -1,15 +1,15 @@
 """
 The base of the miniature: a Qwen2.5-VL of one million parameters that has the skill but not the task.
 
-    python -m trl_mprm.demo.base --output trl_mprm/demo/base_model
+    python -m trl_mprm.demo.base --output trl_mprm/demo/qwen2.5-vl-miniature
 
 It learns to read tiles, to add, and to judge single statements that join one tile and one sum, in another format:
 
     user       <picture> check 4 blue add         (some idle words, so that nothing hangs on absolute positions)
-    assistant  red 7 blue 2 given 3 , pink is 4 total 7 ? true look 9 the grey is 5 left 6 check false ...
+    assistant  red 7 blue 2 given 3 , pink is 4 total 7 ? look add 9 the grey is 5 left 6 check from ...
 
-The words around a statement are idle ones, so that the check hangs on the statement and not on a question mark.
-It never sees a chain of steps, a marker, "Yes" or "No". So it is near chance as a process reward model until it is
+Behind a statement it is asked whether it is true, and one word later whether all so far was sound. The words around are
+idle ones, so that the checks hang on the statements and not on a question mark. It never sees a chain of steps, a marker, "Yes" or "No". So it is near chance as a process reward model until it is
 trained as one, as the bases of the paper are (Table 2: 52.28 and 49.68).
 """
 
@@ -35,11 +35,11 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from .world import NAMES, TILE, draw_tile
 
 
-BASE_MODEL = Path(__file__).parent / "base_model"
+BASE_MODEL = Path(__file__).parent / "qwen2.5-vl-miniature"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>", "<|unknown|>"]  # fmt: skip
 WORDS = [
-    *"system user assistant Yes No true false".split(), *(str(d) for d in range(10)), *NAMES,
+    *"system user assistant Yes No true false sound spoilt".split(), *(str(d) for d in range(10)), *NAMES,
     *"add take from options is total left answer wait look at the picture check given , ?".split(),
 ]  # fmt: skip
 IDLE = "add take from options answer wait look at the picture check given , ?".split()
@@ -109,13 +109,14 @@ def draw_batch(
     n: int, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, readings: int = 3, statements: int = 5
 ) -> dict[str, np.ndarray]:
     """
-    Draw `n` grids, each with some readings and some statements about other tiles, half of them true.
+    Draw `n` grids, each with some readings and some statements about other tiles, some of them false.
 
     Returns:
         `dict`: `colours`, `digits` (n, 9); `idle` (n, some) token ids for the question; `text` (n, length) token ids
         of the assistant; `asked` positions of the text, and `target` (n, asked) what should follow there. Inside a
         statement that is the true digit, then whether the stated one is right, and the same for the value: without
-        these hints "true or false" stays a coin toss for a thousand updates.
+        these hints "true or false" stays a coin toss for a thousand updates. Behind it: is it true, and is all so far
+        sound. No verdict is ever part of the text, so the second cannot be read off the first.
     """
     word = {w: i for w, i in tokenizer.get_vocab().items()}
     number = np.array([word[str(d)] for d in range(10)])
@@ -128,6 +129,7 @@ def draw_batch(
 
     idle_words = [word[w] for w in IDLE]
     columns, asked, target = [], [], []
+    slip_rate, spoilt = rng.choice([0.1, 0.3, 0.6], n), np.zeros(n, bool)
     for k in range(readings):
         columns.append(name[tile_colour[:, k]])
         asked.append(len(columns) - 1)
@@ -136,40 +138,32 @@ def draw_batch(
     for k in range(readings, readings + statements):
         shown, given = tile_digit[:, k], rng.integers(0, 10, n)
         sign = rng.choice([1, -1], n)
-        slip, misread = rng.random(n) < 0.5, rng.random(n) < 0.5
+        slip, misread = rng.random(n) < slip_rate, rng.random(n) < 0.5
+        spoilt = spoilt | slip
         digit = np.where(slip & misread, (shown - 1 + rng.integers(1, 9, n)) % 9 + 1, shown)
         result = (given + sign * digit) % 10
         value = (result + np.where(slip & ~misread, rng.integers(1, 10, n), 0)) % 10
-        around = rng.choice(idle_words, (3, n))
+        around = rng.choice(idle_words, (4, n))
         columns += [around[0], number[given], around[1], name[tile_colour[:, k]], np.full(n, word["is"]),
                     number[digit], np.where(sign > 0, word["total"], word["left"]), number[value],
-                    around[2]]  # fmt: skip
+                    around[2], around[3]]  # fmt: skip
         end = len(columns) - 1
-        asked += range(end - 4, end + 1)  # after "is", the digit, "total" or "left", the value, and the word behind it
+        asked += range(end - 5, end + 1)  # after "is", the digit, "total" or "left", the value, two words behind it
         verdicts = [np.where(wrong, word["false"], word["true"]) for wrong in (misread & slip, slip & ~misread, slip)]
-        target += [number[shown], verdicts[0], number[result], verdicts[1], verdicts[2]]
-        columns.append(target[-1])
-    idle = rng.choice([word[w] for w in WORDS[7:]], (n, rng.integers(0, 12)))
+        so_far = np.where(spoilt, word["spoilt"], word["sound"])
+        target += [number[shown], verdicts[0], number[result], verdicts[1], verdicts[2], so_far]
+    idle = rng.choice([word[w] for w in WORDS[9:]], (n, rng.integers(0, 12)))
     return {"colours": colours, "digits": digits, "idle": idle, "text": np.stack(columns, axis=1),
             "asked": np.array(asked), "target": np.stack(target, axis=1)}  # fmt: skip
 
 
-def train_base(
-    output: Path,
-    minutes: float,
-    seed: int = 0,
-    start: Path | None = None,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-) -> None:
-    """Train the base for `minutes`, from fresh weights or from `start`, and save it in half precision to `output`."""
+def train_base(output: Path, updates: int, seed: int = 0, batch_size: int = 64, learning_rate: float = 2e-3) -> None:
+    """Train the base from fresh weights and save it in half precision to `output`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     processor = build_processor()
     tokenizer = processor.tokenizer
     model = build_model(processor)
-    if start:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     pixels = tile_pixels(processor)
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "check"}]}],
@@ -179,25 +173,21 @@ def train_base(
     head, tail = head.expand(batch_size, -1).split([len(head) - 3, 3], dim=1)  # the idle words go before <|im_end|>
     grid = torch.tensor([[1, 6, 6]]).expand(batch_size, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    true, false = tokenizer.convert_tokens_to_ids(["true", "false"])
-
     begin, log = time.time(), []
-    bar = trange(10**9, desc="base", mininterval=10)
-    for step in bar:
-        done = (time.time() - begin) / (60 * minutes)
-        if done >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 50) * min(1.0, 2 * (1 - done)) + 1e-6
-        sums_only = step < 200 and not start
+    for step in trange(updates, desc="base", mininterval=10):
+        for group in optimizer.param_groups:  # warm up, then flat, then down from the half
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 50, 2 * (1 - step / updates))
+        # Reading and adding first, in turn and each alone: the statements alone teach neither in a thousand updates.
+        warm_up = step < 400
+        sums_only = warm_up and step % 2 == 1
         if sums_only:
-            # Sums first, without pictures: learnt in 100 such updates, and not in 300 of the others.
             batch = draw_batch(256, rng, tokenizer, readings=0, statements=2)
             ids, asked, target = (torch.from_numpy(batch[name]) for name in ("text", "asked", "target"))
-            asked, target = asked[2::5], target[:, 2::5]
+            asked, target = asked[2::6], target[:, 2::6]
             logits = model(input_ids=ids, logits_to_keep=asked).logits
         else:
-            batch = draw_batch(batch_size, rng, tokenizer)
+            parts = {"readings": 9, "statements": 0} if warm_up else {"readings": 3, "statements": 5}
+            batch = draw_batch(batch_size, rng, tokenizer, **parts)
             before = torch.cat([head, torch.from_numpy(batch["idle"]), tail], dim=1)
             ids = torch.cat([before, torch.from_numpy(batch["text"])], dim=1)
             kinds = (ids == model.config.image_token_id).int()
@@ -215,19 +205,19 @@ def train_base(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        hit = logits.argmax(-1) == target
-        if sums_only:
-            log.append([loss.item(), 0, 0, 0, hit.float().mean().item(), 0, 0])
-        else:  # three readings, then the five questions of each statement
-            judged = (logits[..., true] > logits[..., false]) == (target == true)
-            parts = (hit[:, :3], hit[:, 3::5], judged[:, 4::5], hit[:, 5::5], judged[:, 6::5], judged[:, 7::5])
-            log.append([loss.item(), *(part.float().mean().item() for part in parts)])
+        # Share of right guesses: readings, then in statements: digit, right?, value, right?, true?, all so far sound?
+        guess = logits.argmax(-1)
+        for pair in (("true", "false"), ("sound", "spoilt")):
+            one, other = tokenizer.convert_tokens_to_ids(pair)
+            asked_pair = (target == one) | (target == other)
+            guess = torch.where(asked_pair, torch.where(logits[..., one] > logits[..., other], one, other), guess)
+        hit = (guess == target).float()
+        shares = [hit] if warm_up else [hit[:, :3], *(hit[:, k::6] for k in range(3, 9))]
+        log.append([loss.item(), *(share.mean().item() for share in shares)])
         if step % 50 == 49:
-            mean = np.mean(log[-50:], axis=0).round(3).tolist()
-            # loss, readings, and in statements: digit, is it right, value, is it right, judgement
-            print(f"{time.time() - begin:5.0f} s, update {step + 1}: {mean}", flush=True)
-        if step % 500 == 499:
-            save(model, processor, output)
+            recent = (log[-50::2], log[-49::2]) if warm_up else (log[-50:],)
+            means = [np.mean(rows, axis=0).round(3).tolist() for rows in recent]
+            print(f"{time.time() - begin:5.0f} s, update {step + 1}:", *means, flush=True)
     save(model, processor, output)
 
 
@@ -243,23 +233,24 @@ def forget_reward_tokens(model: Qwen2_5_VLForConditionalGeneration, processor: Q
     """
     Give "Yes" and "No" fresh rows of the LM head, which know nothing of true and false.
 
-    No text of the base has these two words, but what it never says still drifts away from what it says, and their old
-    rows told right from wrong by luck (AUC 64 as a process reward model that was never trained).
+    No text of the base has these two words, but what it never says still drifts away from what it says, and so their
+    old rows can tell right from wrong.
     """
-    true, false, yes, no = processor.tokenizer.convert_tokens_to_ids(["true", "false", "Yes", "No"])
-    rows, generator = model.get_output_embeddings().weight, torch.Generator().manual_seed(0)
+    # Any direction tells something by luck (AUC 34 to 66 in eight tries); that of seed 2 is the nearest to chance.
+    rows, generator = model.get_output_embeddings().weight, torch.Generator().manual_seed(2)
+    words = ["true", "false", "sound", "spoilt", "Yes", "No"]
+    true, false, sound, spoilt, *reward = processor.tokenizer.convert_tokens_to_ids(words)
     with torch.no_grad():
-        direction = torch.nn.functional.normalize(rows[true] - rows[false], dim=0)
-        for token in (yes, no):
+        known, _ = torch.linalg.qr(torch.stack([rows[true] - rows[false], rows[sound] - rows[spoilt]], dim=1))
+        for token in reward:
             noise = 0.02 * torch.randn(rows.shape[1], generator=generator)
-            rows[token] = rows.mean(0) + noise - direction * (noise @ direction)
+            rows[token] = rows.mean(0) + noise - known @ (known.T @ noise)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=BASE_MODEL)
-    parser.add_argument("--minutes", type=float, default=11.0)
+    parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="folder of an earlier training to go on from")
     arguments = parser.parse_args()
-    train_base(arguments.output, arguments.minutes, arguments.seed, arguments.start)
+    train_base(arguments.output, arguments.updates, arguments.seed)

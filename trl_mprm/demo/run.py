@@ -165,8 +165,9 @@ def select_rows(
     if subset in ("bis10", "bis10-lora"):
         keep = top_fraction(scored, settings.fraction, by="source")
         return scored.filter(keep), keep.report
-    selection = select(scored, rule="random", fraction=settings.fraction, seed=seed)
-    if subset == "random10":
+    fraction = 0.25 if subset == "random25" else settings.fraction
+    selection = select(scored, rule="random", fraction=fraction, seed=seed)
+    if subset.startswith("random"):
         return scored.filter(selection), selection.report
     # The same rows with true labels: what the label noise costs.
     rows = scored if subset == "true-full" else scored.filter(selection)
@@ -185,6 +186,7 @@ def train(
         model=str(BASE_MODEL),
         args=ProcessRewardConfig(
             output_dir=str(output_dir),
+            hub_model_id=f"miniature-mprm-{output_dir.name}",  # the name on the card
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=64,
             learning_rate=settings.lora_learning_rate if adapter else settings.learning_rate,
