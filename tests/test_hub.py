@@ -99,7 +99,8 @@ def test_push_to_hub(tiny_folders, tmp_path):
     needed = {"README.md", "adapter_model.safetensors", "adapter_config.json", "process_reward_config.json"}
     for commit in handler.commits:
         assert not [name for name in commit if name.endswith((".bin", ".pt", ".pth"))]
-        assert not [name for name, content in commit.items() if TOKEN.encode() in content]
+        for secret in (TOKEN, str(tmp_path), tiny_folders["qwen2"]):
+            assert not [name for name, content in commit.items() if secret.encode() in content]
     for commit in (handler.commits[0], handler.commits[-1]):
         assert needed <= set(commit)
     card = handler.commits[-1]["README.md"].decode()

@@ -305,18 +305,69 @@ def test_bad_use_says_what_to_do(tiny_folders, tmp_path):
         ({"train_dataset": data.remove_columns("labels")}, "has no column labels"),
         ({"train_dataset": data.select([])}, "has no rows"),
         ({"args": config(tmp_path, reward_tokens=["Correct", "Wrong"])}, "reward token 'Correct' is 7 tokens"),
+        ({"args": config(tmp_path, reward_tokens=["Yes", "Yes"])}, "expected two different tokens"),
         ({"quantization_config": NF4}, "give a `peft_config`"),
+        ({"train_dataset": data.remove_columns("images").add_column("image", ["a.png"] * 8)}, "has a column `image`"),
+        ({"train_dataset": data.map(lambda row: {"prompt": "q<|im_end|>"})}, r"row a:0 \(8 rows in all\): the prompt"),
+        (
+            {"train_dataset": data.map(lambda row: {"completions": [" "] * len(row["labels"])})},
+            "row a:0: step 0 is ' '",
+        ),
     ]
     for change, message in cases:
         kwargs = {"model": tiny_folders["qwen2"], "args": config(tmp_path), "train_dataset": data, **change}
         with pytest.raises(ValueError, match=message):
             ProcessRewardTrainer(**kwargs)
-    with pytest.raises(ValueError, match="loss_type is 'mse', expected one of hard, soft"):
-        config(tmp_path, loss_type="mse")
+    for change, message in [
+        ({"loss_type": "mse"}, "loss_type is 'mse', expected one of hard, soft"),
+        ({"reward_tokens": ["Yes"]}, "expected two: for a good step, for a bad step"),
+        ({"hub_strategy": "checkpoint"}, "hub_strategy is 'checkpoint', expected 'end' or 'every_save'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **change)
     with pytest.raises(ValueError, match="row [ab]:.: 1 images came with a text-only model"):
         ProcessRewardTrainer(
             model=tiny_folders["qwen2"], args=config(tmp_path), train_dataset=dataset("qwen2_5_vl")
         ).train()
+
+
+def test_an_adapter_is_no_base(tiny_folders, tmp_path):
+    args = config(tmp_path / "run", max_steps=1)
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2"], args=args, train_dataset=dataset("qwen2"), peft_config=LoraConfig(r=4)
+    )
+    trainer.save_model()
+    # The frozen embedding is not saved with the adapter, though the marker made it longer.
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert max(tensor.numel() for tensor in saved.values()) < trainer.model.get_base_model().lm_head.weight.numel()
+    with pytest.raises(ValueError, match="is an adapter: name its base here"):
+        ProcessRewardTrainer(model=str(tmp_path / "run"), args=args, train_dataset=dataset("qwen2"))
+
+
+def test_processor_kwargs_are_saved_with_the_model(tiny_folders, tmp_path):
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2_5_vl"],
+        args=config(tmp_path, processor_kwargs={"max_pixels": 28 * 28}),
+        train_dataset=dataset("qwen2_5_vl"),
+    )
+    trainer.save_model()
+    prm = ProcessRewardModel.from_pretrained(tmp_path)
+    row = make_rows(images=True, n=1)[0]  # one picture of 56 x 56, that is 4 tokens, or 1 of 28 x 28
+    for processor, tokens in ((trainer.processing_class, 1), (prm.processing_class, 1)):
+        ids = DataCollatorForProcessReward(processor)([row])["input_ids"]
+        assert (ids == trainer.model.config.image_token_id).sum() == tokens
+
+
+def test_own_metrics_keep_the_loss(tiny_folders, tmp_path):
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2"],
+        args=config(tmp_path),
+        train_dataset=dataset("qwen2"),
+        eval_dataset=dataset("qwen2"),
+        compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 8 and metrics["eval_loss"] > 0
 
 
 def test_a_processor_that_is_silently_a_tokenizer_is_refused(tmp_path, tiny_folders):
