@@ -164,7 +164,7 @@ def select_rows(
         return scored, None
     if subset in ("bis10", "bis10-lora"):
         keep = top_fraction(scored, settings.fraction, by="source")
-        return scored.filter(keep), keep.report
+        return scored.filter(keep), keep.report | {"alpha": settings.alpha}
     fraction = 0.25 if subset == "random25" else settings.fraction
     selection = select(scored, rule="random", fraction=fraction, seed=seed)
     if subset.startswith("random"):
@@ -195,6 +195,7 @@ def train(
             report_to="none",
             logging_steps=50,
             dataloader_pin_memory=False,
+            dataloader_num_workers=1,  # renders the next batch on the other core
         ),
         train_dataset=rows,
         eval_dataset=validation,
