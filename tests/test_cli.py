@@ -109,6 +109,12 @@ def test_bad_input_is_one_line(argv, message, trained, capsys):
     assert len(error) == 1 and message in error[0]
 
 
+def test_a_folder_that_is_missing_and_no_hub(tmp_path, capsys):
+    assert main(["select", "runs/nothing", "--output", str(tmp_path / "kept")]) == 2
+    assert "runs/nothing: no such file or folder here, and the Hub cannot be reached" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_checkpoint_that_is_no_process_reward_model(tiny_folders, capsys):
     assert main(["score", tiny_folders["qwen2"], "--question", "?", "--step", "a"]) == 2
     assert "has no process_reward_config.json: expected a checkpoint saved by" in capsys.readouterr().err

@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Image, List, Value
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tqdm.auto import tqdm
 
 from .images import ImageFinder, ImageRefused, check_image
@@ -477,6 +477,8 @@ def _hub_annotations(repo_id: str) -> Path | None:
         archive = Path(hf_hub_download(repo_id, "annotations.zip", repo_type="dataset"))
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id}: no such folder here, and no such dataset on the Hub") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id}: no such file or folder here, and the Hub cannot be reached") from error
     except EntryNotFoundError:
         return None
     folder = archive.parent / "annotations"
