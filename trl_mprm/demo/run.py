@@ -9,15 +9,20 @@ For every seed: make a corpus and a benchmark, score the rollouts with BIS, sele
 
 import json
 import math
+import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
 from trl_mprm import (
@@ -70,13 +75,21 @@ def run_demo(
     output_dir = Path(output_dir)
     for old in (*output_dir.glob("seed-*"), *output_dir.glob("*.png"), output_dir / "results.json"):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    runs, corpora = [], {}
+    output_dir.mkdir(parents=True, exist_ok=True)
     seeds = sorted({seed for seeds in settings.seeds.values() for seed in seeds})
-    for seed in seeds:
-        folder = output_dir / f"seed-{seed}"
-        print(f"\nseed {seed}: making {settings.problems:,} problems with {settings.num_mc} continuations a step")
-        corpora[seed] = make_world(folder, settings, seed)
-        runs += run_seed(folder, settings, seed, qlora)
+    tasks = [(subset, seed) for seed in seeds for subset in settings.seeds if seed in settings.seeds[subset]]
+    # The models are so small that two trainings of one thread each go nearly twice as fast as one of two threads.
+    log, spawn = output_dir / "training.log", get_context("spawn")
+    log.unlink(missing_ok=True)
+    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_start_worker, initargs=(log,)) as pool:
+        bar = {"desc": f"worlds of {settings.problems:,} problems, {settings.num_mc} continuations a step"}
+        worlds = pool.map(make_world, [output_dir / f"seed-{seed}" for seed in seeds], repeat(settings), seeds)
+        corpora = dict(zip(seeds, tqdm(worlds, total=len(seeds), **bar), strict=True))
+        long_first = sorted(tasks, key=lambda task: not task[0].endswith("full"))
+        running = {pool.submit(run_subset, output_dir, settings, *task, qlora): task for task in long_first}
+        done = tqdm(as_completed(running), total=len(tasks), desc=f"trainings and evaluations (details: {log})")
+        records = {running[future]: future.result() for future in done}
+    runs = [records[task] for task in tasks]
     summary = summarise(runs)
     results = {
         "quick": quick,
@@ -98,6 +111,14 @@ def run_demo(
         plots.draw_solution(load_prm(trained, qlora), read_benchmark(first / "benchmark"), output_dir / "solution.png")
     print_table(results, output_dir)
     return results
+
+
+def _start_worker(log: Path) -> None:
+    """One thread, and all bars and logs of a worker into one file."""
+    torch.set_num_threads(1)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def make_world(folder: Path, settings: Settings, seed: int) -> dict:
@@ -122,36 +143,33 @@ def load_scored(folder: Path, settings: Settings) -> Dataset:
     return rollouts.map(add_bis, fn_kwargs={"alpha": settings.alpha}, batched=True)
 
 
-def run_seed(folder: Path, settings: Settings, seed: int, qlora: bool) -> list[dict]:
-    """All rows of one seed: select, train, evaluate."""
-    scored = load_scored(folder, settings)
+def run_subset(output_dir: Path, settings: Settings, subset: str, seed: int, qlora: bool) -> dict:
+    """One row of the results: select, train, save, load, evaluate."""
+    print(f"seed {seed}: {subset}", flush=True)
+    folder = output_dir / f"seed-{seed}"
+    rows, selection = select_rows(subset, load_scored(folder, settings), folder, settings, seed)
     validation = load_rollouts(folder / "validation" / "annotations", image_root=folder / "validation")
+    started, steps = time.time(), 0
+    if rows is None:
+        prm = zero_shot_prm()
+    else:
+        adapter = qlora or subset.endswith("-lora")
+        trainer = train(rows, validation, selection, folder / subset, settings, seed, adapter, qlora)
+        prm, steps = load_prm(folder / subset, qlora), trainer.state.global_step
+    seconds = time.time() - started
     benchmark = read_benchmark(folder / "benchmark")
-    runs = []
-    for subset in (subset for subset, seeds in settings.seeds.items() if seed in seeds):
-        print(f"seed {seed}: {subset}")
-        rows, selection = select_rows(subset, scored, folder, settings, seed)
-        started, steps = time.time(), 0
-        if rows is None:
-            prm = zero_shot_prm()
-        else:
-            adapter = qlora or subset.endswith("-lora")
-            trainer = train(rows, validation, selection, folder / subset, settings, seed, adapter, qlora)
-            prm, steps = load_prm(folder / subset, qlora), trainer.state.global_step
-        seconds = time.time() - started
-        metrics = evaluate_model(prm, benchmark, batch_size=64, output_dir=folder / f"evaluation-{subset}")
-        if rows is not None:
-            trainer.create_model_card(results=metrics, benchmark="miniature of VisualProcessBench")
-        runs.append({
-            "subset": subset,
-            "seed": seed,
-            "rollouts": 0 if rows is None else len(rows),
-            "optimizer_steps": steps,
-            "seconds": round(seconds, 1),
-            **{name: metrics[name] for name in METRICS},
-            "threshold_protocol": metrics["threshold_protocol"],
-        })  # fmt: skip
-    return runs
+    metrics = evaluate_model(prm, benchmark, batch_size=64, output_dir=folder / f"evaluation-{subset}")
+    if rows is not None:
+        trainer.create_model_card(results=metrics, benchmark="miniature of VisualProcessBench")
+    return {
+        "subset": subset,
+        "seed": seed,
+        "rollouts": 0 if rows is None else len(rows),
+        "optimizer_steps": steps,
+        "seconds": round(seconds, 1),
+        **{name: metrics[name] for name in METRICS},
+        "threshold_protocol": metrics["threshold_protocol"],
+    }
 
 
 def select_rows(
@@ -195,7 +213,6 @@ def train(
             report_to="none",
             logging_steps=50,
             dataloader_pin_memory=False,
-            dataloader_num_workers=1,  # renders the next batch on the other core
         ),
         train_dataset=rows,
         eval_dataset=validation,
