@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint install
 
-# make demo            the main job on the embedded default, about ten minutes on two cores
+# make demo            the main job on the embedded default, about eight minutes on two cores
 # make demo QUICK=1    smaller, one seed, about two minutes
 # make demo QLORA=1    the same on a base in 4-bit NF4
 demo: install

@@ -1,0 +1,27 @@
+"""The README quotes the kept run, word by word."""
+
+import json
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_figures_are_those_of_the_kept_run():
+    results = json.loads((ROOT / "recipes" / "demo" / "results.json").read_text())
+    for readme in (ROOT / "README.md", ROOT / "recipes" / "demo" / "README.md"):
+        lines = [line.split() for line in readme.read_text().splitlines()]
+        for subset, metrics in results["summary"]["subsets"].items():
+            row = next(line for line in lines if line[:1] == [subset])
+            for name in ("macro_f1_step_weighted", "auc"):
+                assert f"{100 * metrics[name]['mean']:.1f}" in row
+        for answer in results["verdict"].values():
+            if isinstance(answer, dict):
+                assert answer["words"] in readme.read_text()
+    assert not results["quick"] and not results["qlora"]
+
+
+def test_every_file_of_the_package_is_in_the_tree():
+    tree = (ROOT / "README.md").read_text()
+    for file in (ROOT / "trl_mprm").glob("[!_]*.py"):
+        assert f"  {file.name} " in tree
