@@ -6,6 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from PIL import Image, ImageDraw
 from tiny import tiny_model
@@ -45,3 +50,17 @@ def make_rows(images: bool, n: int = 8) -> list[dict]:
             }
         )
     return rows
+
+
+@contextmanager
+def hub_on_this_machine(handler: type[BaseHTTPRequestHandler], home) -> Iterator[dict[str, str]]:
+    """Serve `handler`; yield the environment of a process that takes it for the Hub (the address is read at import)."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+    try:
+        yield clean | switches | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -2,14 +2,12 @@
 
 import base64
 import json
-import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
-from conftest import make_rows
+from conftest import hub_on_this_machine, make_rows
 from datasets import Dataset
 
 
@@ -76,24 +74,11 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.mark.slow
 def test_push_to_hub(tiny_folders, tmp_path):
     handler = type("OneHub", (Hub,), {"commits": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     rows = [{key: row[key] for key in ("prompt", "completions", "labels")} for row in make_rows(images=False)]
     Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env = clean | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "*",
-    }
     argv = [sys.executable, "-c", TRAIN, tiny_folders["qwen2"], tmp_path / "rows", tmp_path / "out", TOKEN]
-    try:
+    with hub_on_this_machine(handler, tmp_path / "home") as env:
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 0, done.stderr
     assert len(handler.commits) >= 2  # while training, and at the end
     needed = {"README.md", "adapter_model.safetensors", "adapter_config.json", "process_reward_config.json"}

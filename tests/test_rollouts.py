@@ -1,17 +1,16 @@
 import json
 import logging
-import os
 import pickle
 import subprocess
 import sys
-import threading
 import zipfile
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import datasets
 import pytest
+from conftest import hub_on_this_machine
 from PIL import Image as PILImage
 
 from trl_mprm.images import MAX_PIXELS
@@ -369,17 +368,10 @@ except (ValueError, FileNotFoundError) as error:
 
 def load_from_hub(tmp_path, files, **arguments):
     """`load_rollouts` in a new process, against a real server on this machine: the address is read at import."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": files}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-    env = {name: value for name, value in os.environ.items() if "OFFLINE" not in name and "HF_" not in name} | home
-    command = [sys.executable, "-c", LOAD, json.dumps(arguments)]
-    try:
+    handler = type("OneHub", (Hub,), {"files": files})
+    with hub_on_this_machine(handler, tmp_path / "home") as env:
+        command = [sys.executable, "-c", LOAD, json.dumps(arguments)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,5 +1,6 @@
 """
-The miniature from end to end, with the public API only, as a user would write it.
+The miniature from end to end with the public API, as a user would write it; only the zero-shot row, a model that was
+never trained, is put together by hand.
 
     from trl_mprm.demo.run import run_demo
     run_demo("runs/demo")

@@ -85,7 +85,8 @@ class Settings:
     lora_learning_rate: float = 1e-3
     lora_rank: int = 16
 
-    # Subset -> seeds. Data, selection and training all take the seed.
+    # Subset -> seeds. Data, selection and training all take the seed. `random25` and `true-full`, which the table above
+    # has too, can be named here as well.
     seeds: dict[str, tuple[int, ...]] = field(
         default_factory=lambda: {
             "zero-shot": (11, 12, 13),
