@@ -21,8 +21,14 @@ ARCHITECTURES = ("qwen2_5_vl", "internvl", "qwen2")
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory) -> dict[str, str]:
-    """Tiny random models saved to disk, by architecture."""
-    return {name: tiny_model(name, tmp_path_factory.mktemp(name)) for name in ARCHITECTURES}
+    """Tiny random models saved to disk, by architecture; built when first asked for."""
+
+    class Folders(dict):
+        def __missing__(self, architecture: str) -> str:
+            self[architecture] = tiny_model(architecture, tmp_path_factory.mktemp(architecture))
+            return self[architecture]
+
+    return Folders()
 
 
 def picture(color: str, size: tuple[int, int] = (56, 56)) -> Image.Image:

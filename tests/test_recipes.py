@@ -10,7 +10,7 @@ import yaml
 from conftest import make_rows
 
 from trl_mprm.cli import main
-from trl_mprm.rendering import StepFormat
+from trl_mprm.step_format import StepFormat
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl_mprm import ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
 from trl_mprm.collator import DataCollatorForProcessReward
 from trl_mprm.modeling import load_model, load_processing_class, modules_beside_decoder
-from trl_mprm.rendering import StepFormat
+from trl_mprm.step_format import StepFormat
 
 
 FEATURES = Features(
@@ -190,7 +190,7 @@ def test_lm_head_sees_the_labelled_markers_only(architecture, tiny_folders, tmp_
         for position in range(labels.shape[1]):
             label = labels[row, position].item()
             if label != -100:
-                assert batch["input_ids"][row, position] == trainer.step_ids.marker
+                assert [batch["input_ids"][row, position]] == trainer.step_ids.marker
                 terms.append(-logits[row, position].log_softmax(-1)[0 if label > 0 else 1])
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-6)
 

@@ -19,7 +19,7 @@ _NAMES = {
     "ProcessRewardTrainer": "trainer",
     "DataCollatorForProcessReward": "collator",
     "ProcessRewardModel": "scoring",
-    "StepFormat": "rendering",
+    "StepFormat": "step_format",
     "step_metrics": "metrics",
     "evaluate_model": "evaluation",
     "read_benchmark": "evaluation",
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from .config import ProcessRewardConfig
     from .evaluation import evaluate_model, read_benchmark
     from .metrics import step_metrics
-    from .rendering import StepFormat
     from .rollouts import load_rollouts
     from .scoring import ProcessRewardModel
     from .selection import select, top_fraction
+    from .step_format import StepFormat
     from .trainer import ProcessRewardTrainer
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .rendering import ProcessingClass, StepFormat, render_batch, row_name
+from .rendering import ProcessingClass, render_batch, row_name
+from .step_format import StepFormat
 
 
 IGNORE_INDEX = -100

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .loss import LOSS_TYPES
-from .rendering import StepFormat
+from .step_format import StepFormat
 
 
 @dataclass

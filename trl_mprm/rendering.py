@@ -9,13 +9,14 @@ The user turn holds the images, then the question, in the model's own chat templ
 
 Every piece is tokenised alone and the marker is inserted as a token id: joining text first and tokenising after
 lets the separator melt into its neighbours (QwenLM/ProcessBench pull request 12).
+
+Published checkpoints were trained on other layouts; each is a [`StepFormat`] too, see [`published`].
 """
 
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
-from .files import write_json
+from .step_format import StepFormat, StepIds
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -31,73 +32,12 @@ ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
-class StepIds(NamedTuple):
-    """Token ids of a [`StepFormat`] in one tokenizer."""
+class Rendered(NamedTuple):
+    """One row as tokens: ids, the position where each step is read, and one value a token by name (`TOKEN_TYPES`)."""
 
-    marker: int
-    good: int
-    bad: int
-    joiner: list[int]
-
-
-@dataclass(frozen=True)
-class StepFormat:
-    """
-    What stands after and between steps, and which two tokens tell good from bad; saved beside the weights.
-
-    Args:
-        marker (`str`, *optional*, defaults to `"<prm>"`):
-            Token after every step. The reward of a step is read at this position.
-        reward_tokens (`tuple[str, str]`, *optional*, defaults to `("Yes", "No")`):
-            Tokens for a good and a bad step. P(step good) is the softmax over their two logits.
-        joiner (`str`, *optional*, defaults to a blank line):
-            Text between one marker and the next step.
-    """
-
-    marker: str = "<prm>"
-    reward_tokens: tuple[str, str] = ("Yes", "No")
-    joiner: str = "\n\n"
-
-    FILE_NAME = "process_reward_config.json"
-
-    def ids(self, tokenizer: PreTrainedTokenizerBase) -> StepIds:
-        """Look the tokens up. Raises `ValueError` where the tokenizer lacks the marker or splits a reward token."""
-        marker = tokenizer.convert_tokens_to_ids(self.marker)
-        if marker is None or marker == tokenizer.unk_token_id:
-            raise ValueError(
-                f"the tokenizer has no marker token {self.marker!r}: train with ProcessRewardTrainer first, "
-                "or name a marker that the tokenizer has"
-            )
-        reward = [tokenizer.encode(token, add_special_tokens=False) for token in self.reward_tokens]
-        for token, ids in zip(self.reward_tokens, reward, strict=True):
-            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise ValueError(
-                    f"reward token {token!r} is {len(ids)} tokens of this tokenizer ({ids}), expected one it knows: "
-                    "set reward_tokens to two words that are one token each"
-                )
-        if reward[0] == reward[1]:
-            raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two different tokens")
-        joiner = tokenizer.encode(self.joiner, add_special_tokens=False)
-        return StepIds(marker, reward[0][0], reward[1][0], joiner)
-
-    def save(self, folder: str | os.PathLike) -> None:
-        write_json(asdict(self), Path(folder) / self.FILE_NAME)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike) -> "StepFormat":
-        """Read the format of a trained checkpoint. Raises `FileNotFoundError` where it is none of ours."""
-        path = Path(folder) / cls.FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {cls.FILE_NAME}: expected a checkpoint saved by ProcessRewardTrainer"
-            )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(values["marker"], tuple(values["reward_tokens"]), values["joiner"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: expected marker, reward_tokens and joiner ({error!r}): save it again"
-            ) from error
+    input_ids: list[int]
+    positions: list[int]
+    token_types: dict[str, list[int]]
 
 
 def tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
@@ -109,6 +49,13 @@ def row_name(row: dict[str, Any], index: int) -> str:
     return f"row {row['rollout_id']}" if row.get("rollout_id") else f"row {index} of the batch"
 
 
+def images_of(row: dict[str, Any]) -> Sequence[Any]:
+    images = row.get("images") or []
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        raise ValueError(f"`images` is one {type(images).__name__}, expected a list: write images=[image]")
+    return images
+
+
 def render_prefix_text(row: dict[str, Any], processing_class: ProcessingClass) -> str:
     """
     Render images (as placeholders) and question of `row` up to where the assistant begins.
@@ -118,17 +65,14 @@ def render_prefix_text(row: dict[str, Any], processing_class: ProcessingClass) -
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(processing_class, ProcessorMixin):
-        images = row.get("images") or []
-        if not isinstance(images, Sequence) or isinstance(images, str):
-            raise ValueError(f"`images` is one {type(images).__name__}, expected a list: write images=[image]")
-        messages = prepare_multimodal_messages(messages, images)
-    elif row.get("images"):
+        messages = prepare_multimodal_messages(messages, images_of(row))
+    elif images_of(row):
         raise ValueError(
             f"{len(row['images'])} images came with a text-only model: use a vision-language model, "
             "or remove the `images` column"
         )
     if processing_class.chat_template is None:
-        return "\n".join(_texts(messages)) + "\n\n"
+        return "\n".join(texts_of(messages)) + "\n\n"
     return processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -139,7 +83,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -> None:
     """Raise `ValueError` where a question contains one of the tokens `forbidden`."""
-    text = prompt if isinstance(prompt, str) else "\n".join(_texts(prompt))
+    text = prompt if isinstance(prompt, str) else "\n".join(texts_of(prompt))
     for token in forbidden:
         if token in text:
             raise ValueError(
@@ -148,7 +92,8 @@ def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -
             )
 
 
-def _texts(messages: list[dict[str, Any]]) -> list[str]:
+def texts_of(messages: list[dict[str, Any]]) -> list[str]:
+    """All texts in a conversation, whether contents are text or lists of parts."""
     contents = [message["content"] for message in messages]
     parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
     return [
@@ -177,18 +122,22 @@ def render_prefixes(rows: Sequence[dict[str, Any]], processing_class: Processing
     forbidden = special_tokens(tokenizer_of(processing_class))
     texts, images = [], []
     for index, row in enumerate(rows):
-        try:
+        with _naming(row, index):
             check_prompt(row["prompt"], forbidden)
             texts.append(render_prefix_text(row, processing_class))
-            images.append([open_image(image) for image in row.get("images") or []])
-        except ValueError as error:
-            raise ValueError(f"{row_name(row, index)}: {error}") from error
-    prefixes: list[dict] = [{} for _ in rows]
+            images.append([open_image(image) for image in images_of(row)])
+    # A chat template writes the tokenizer's own first token; plain text needs it added.
+    return _encode(texts, images, processing_class, special=processing_class.chat_template is None)
+
+
+def _encode(
+    texts: list[str], images: list[list[Image.Image]], processing_class: ProcessingClass, special: bool
+) -> tuple[list[dict], dict]:
+    """Tokenise `texts`, the placeholders in them expanded to the tokens of `images`."""
+    prefixes: list[dict] = [{} for _ in texts]
     image_tensors: dict[str, torch.Tensor] = {}
     with_images = [index for index, row_images in enumerate(images) if row_images]
     text_only = [index for index, row_images in enumerate(images) if not row_images]
-    # A chat template writes the tokenizer's own first token; plain text needs it added.
-    special = processing_class.chat_template is None
     if with_images:
         encoded = processing_class(
             text=[texts[index] for index in with_images],
@@ -225,20 +174,77 @@ def render_steps(
     Returns:
         `tuple[list[int], list[int]]`: token ids of the assistant turn, and the position of each step's marker in them.
     """
+    _check_steps(completions)
+    encoded = tokenizer(list(completions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    tokens: list[int] = []
+    positions: list[int] = []
+    for number, step_ids in enumerate(encoded):
+        if ids.marker[-1] in step_ids and ids.marker[-1] in tokenizer.added_tokens_decoder:
+            raise ValueError(f"step {number} contains the marker: remove it from the text, it is inserted as a token")
+        tokens += (ids.joiner if number else []) + step_ids + ids.marker
+        positions.append(len(tokens) - 1)
+    return tokens, positions
+
+
+def _check_steps(completions: Sequence[str]) -> None:
     for number, step in enumerate(completions):
         if not isinstance(step, str) or not step.strip():
             raise ValueError(f"step {number} is {step!r}, expected text: remove the empty step and its label")
     if not completions:
         raise ValueError("`completions` is empty, expected at least one step: remove the row")
-    encoded = tokenizer(list(completions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    tokens: list[int] = []
-    positions: list[int] = []
-    for number, step_ids in enumerate(encoded):
-        if ids.marker in step_ids:
-            raise ValueError(f"step {number} contains the marker: remove it from the text, it is inserted as a token")
-        tokens += (ids.joiner if number else []) + step_ids + [ids.marker]
-        positions.append(len(tokens) - 1)
-    return tokens, positions
+
+
+def render_rows(
+    rows: Sequence[dict[str, Any]],
+    processing_class: ProcessingClass,
+    step_format: StepFormat,
+    same_prompt: bool = False,
+) -> tuple[list[Rendered], dict[str, torch.Tensor]]:
+    """
+    Render rows into tokens, and their images into tensors.
+
+    With `same_prompt` all rows have the images and the question of the first, which are then rendered once: the image
+    tensors are those of one row.
+    """
+    tokenizer = tokenizer_of(processing_class)
+    ids = step_format.ids(tokenizer)
+    prompts = rows[:1] if same_prompt else rows
+    messages = step_format.messages
+    if messages is not None and any("{step" in text for _, text in messages):
+        return _render_texts(rows, prompts, processing_class, step_format)
+    if messages is None:
+        prefixes, image_tensors = render_prefixes(prompts, processing_class)
+    else:
+        prefixes, image_tensors = _render_plain_prefixes(prompts, processing_class, messages), {}
+    rendered = []
+    for index, row in enumerate(rows):
+        prefix = prefixes[0 if same_prompt else index]
+        with _naming(row, index):
+            tokens, positions = render_steps(row["completions"], tokenizer, ids)
+        rendered.append(_joined(prefix, tokens, positions))
+    return rendered, image_tensors
+
+
+def pad_batch(
+    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Stack rows of tokens, padded on the right, and the mask of the positions that are read."""
+    length = max(len(row.input_ids) for row in rendered)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    batch = {
+        "input_ids": torch.tensor([row.input_ids + [pad] * (length - len(row.input_ids)) for row in rendered]),
+        "attention_mask": torch.tensor(
+            [[1] * len(row.input_ids) + [0] * (length - len(row.input_ids)) for row in rendered]
+        ),
+    }
+    for name in TOKEN_TYPES:
+        if any(name in row.token_types for row in rendered):
+            types = [row.token_types.get(name, []) for row in rendered]
+            batch[name] = torch.tensor([values + [0] * (length - len(values)) for values in types])
+    markers = torch.zeros(len(rendered), length, dtype=torch.bool)
+    for row_markers, row in zip(markers, rendered, strict=True):
+        row_markers[row.positions] = True
+    return batch, markers
 
 
 def render_batch(
@@ -253,7 +259,7 @@ def render_batch(
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`):
             The model's processor or tokenizer.
         step_format (`StepFormat`):
-            Marker, reward tokens and joiner.
+            Layout, marker, reward tokens and joiner.
 
     Returns:
         `tuple[dict[str, torch.Tensor], torch.Tensor]`: model inputs (`input_ids` and `attention_mask` of shape
@@ -264,28 +270,182 @@ def render_batch(
         `ValueError`: with the name of the row, for an empty step, an image with a text-only model, or a special token
         in the prompt.
     """
+    rendered, image_tensors = render_rows(rows, processing_class, step_format)
+    batch, markers = pad_batch(rendered, tokenizer_of(processing_class))
+    return image_tensors | batch, markers
+
+
+@contextmanager
+def _naming(row: dict[str, Any], index: int) -> Iterator[None]:
+    """Name the row in the errors raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{row_name(row, index)}: {error}") from error
+
+
+def _joined(prefix: dict[str, list[int]], tokens: list[int], positions: list[int]) -> Rendered:
+    start = len(prefix["input_ids"])
+    types = {name: prefix[name] + [0] * len(tokens) for name in TOKEN_TYPES if name in prefix}
+    return Rendered(prefix["input_ids"] + tokens, [start + position for position in positions], types)
+
+
+# ---- layouts of published checkpoints
+
+
+def conversation_text(
+    row: dict[str, Any], processing_class: ProcessingClass, step_format: StepFormat
+) -> tuple[str, list[int]]:
+    """
+    Lay out a row as a published checkpoint was trained on it: question and steps in one text.
+
+    Returns:
+        `tuple[str, list[int]]`: the text, with the processor's placeholder for each image, and for each step the
+        length of the text up to where it is read.
+
+    Raises:
+        `ValueError`: for an empty step, a special token in question or step, or images with a text-only model.
+    """
     tokenizer = tokenizer_of(processing_class)
-    ids = step_format.ids(tokenizer)
-    prefixes, batch = render_prefixes(rows, processing_class)
-    sequences, positions = [], []
-    for index, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
-        try:
-            step_tokens, step_positions = render_steps(row["completions"], tokenizer, ids)
-        except ValueError as error:
-            raise ValueError(f"{row_name(row, index)}: {error}") from error
-        positions.append([len(prefix["input_ids"]) + position for position in step_positions])
-        sequences.append(prefix["input_ids"] + step_tokens)
-    length = max(map(len, sequences))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batch["input_ids"] = torch.tensor([sequence + [pad] * (length - len(sequence)) for sequence in sequences])
-    batch["attention_mask"] = torch.tensor(
-        [[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences]
+    _check_steps(row["completions"])
+    for text in (row["prompt"], *row["completions"]):
+        check_prompt(text, special_tokens(tokenizer))
+    marked = [step + step_format.marker for step in row["completions"]]
+    steps = step_format.joiner.join(marked)
+    images = len(images_of(row))
+    if images and not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(f"{images} images came with a text-only model: remove the `images` column")
+    placeholder = _image_placeholder(processing_class) if images else ""
+    values = {
+        "<image>\n": (placeholder + "\n") * images,
+        "<image>": placeholder * images,
+        "{question}": "\n".join(texts_of([{"content": row["prompt"]}])),
+        "{steps}": steps,
+        "{step}": row["completions"][0],
+    }
+    fields = re.compile("|".join(map(re.escape, values)))
+    messages = [
+        (role, fields.sub(lambda match: values[match.group()], template)) for role, template in step_format.messages
+    ]
+    if step_format.answer is not None:
+        return _turns_text(messages, row["completions"], processing_class, step_format.answer)
+    if not messages[0][0]:
+        text = "".join(content for _, content in messages)
+    else:
+        text = _chat_text(messages, processing_class, open_answer=False)
+    start = text.rfind(steps)
+    if start < 0:
+        raise ValueError(
+            "the chat template of this model changes the text of the steps: strip white space around them"
+        )
+    lengths = [len(step) + len(step_format.joiner) for step in marked]
+    return text, [start + sum(lengths[: number + 1]) - len(step_format.joiner) for number in range(len(marked))]
+
+
+def _turns_text(
+    messages: list[tuple[str, str]], steps: Sequence[str], processing_class: ProcessingClass, answer: str
+) -> tuple[str, list[int]]:
+    text, ends = "", []
+    for number, step in enumerate(steps):
+        if number:
+            messages = [*messages, ("assistant", answer), ("user", step)]
+        longer = _chat_text(messages, processing_class, open_answer=True)
+        if not longer.startswith(text + answer * bool(number)):
+            raise ValueError("the chat template of this model rewrites earlier turns, expected one that only appends")
+        text = longer
+        ends.append(len(text))
+    return text, ends
+
+
+def _chat_text(messages: list[tuple[str, str]], processing_class: ProcessingClass, open_answer: bool) -> str:
+    if processing_class.chat_template is None:
+        raise ValueError("this format is a conversation, and the tokenizer has no chat template: save one with it")
+    parts = isinstance(processing_class, ProcessorMixin)
+    chat = [
+        {"role": role, "content": [{"type": "text", "text": content}] if parts else content}
+        for role, content in messages
+    ]
+    return processing_class.apply_chat_template(chat, tokenize=False, add_generation_prompt=open_answer)
+
+
+def _image_placeholder(processor: ProcessorMixin) -> str:
+    """What the chat template writes for an image, as `<|vision_start|><|image_pad|><|vision_end|>`."""
+    text = {"type": "text", "text": "?"}
+    without, with_image = (
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        for content in ([text], [{"type": "image"}, text])
     )
-    for name in TOKEN_TYPES:
-        if any(name in prefix for prefix in prefixes):
-            types = [prefix.get(name, []) for prefix in prefixes]
-            batch[name] = torch.tensor([values + [0] * (length - len(values)) for values in types])
-    markers = torch.zeros(len(rows), length, dtype=torch.bool)
-    for row_markers, row_positions in zip(markers, positions, strict=True):
-        row_markers[row_positions] = True
-    return batch, markers
+    start = without.index("?")
+    return with_image[start : with_image.index("?", start)].rstrip("\n")
+
+
+def _render_plain_prefixes(
+    rows: Sequence[dict[str, Any]], processing_class: ProcessingClass, messages: tuple[tuple[str, str], ...]
+) -> list[dict]:
+    tokenizer = tokenizer_of(processing_class)
+    prefixes = []
+    for index, row in enumerate(rows):
+        with _naming(row, index):
+            check_prompt(row["prompt"], special_tokens(tokenizer))
+            if images_of(row):
+                raise ValueError("images came with a format that has none: remove the `images` column")
+        text = "".join(text for _, text in messages).replace(
+            "{question}", "\n".join(texts_of([{"content": row["prompt"]}]))
+        )
+        prefixes.append({"input_ids": _first_token(tokenizer) + tokenizer.encode(text, add_special_tokens=False)})
+    return prefixes
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _render_texts(
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[dict[str, Any]],
+    processing_class: ProcessingClass,
+    step_format: StepFormat,
+) -> tuple[list[Rendered], dict[str, torch.Tensor]]:
+    """
+    Tokenise whole texts, as these checkpoints were trained, and find the token where each step is read.
+
+    With images, the processor sees the text up to the last image only; `prompts` are the rows whose images are read,
+    all of them or the first for all.
+    """
+    tokenizer = tokenizer_of(processing_class)
+    texts, cuts, ends = [], [], []
+    for index, row in enumerate(rows):
+        with _naming(row, index):
+            text, row_ends = conversation_text(row, processing_class, step_format)
+        token = processing_class.image_token if images_of(row) else ""
+        texts.append(text)
+        cuts.append(text.rindex(token) + len(token) if token else 0)
+        ends.append(row_ends)
+    images = []
+    for index, row in enumerate(prompts):
+        with _naming(row, index):
+            images.append([open_image(image) for image in images_of(row)])
+    heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)][: len(prompts)]
+    prefixes, image_tensors = _encode(heads, images, processing_class, special=False)
+    plain = not step_format.messages[0][0]
+    rendered = []
+    for index, (row, text, cut, row_ends) in enumerate(zip(rows, texts, cuts, ends, strict=True)):
+        # The last image token goes before the rest again: some tokenizers treat the beginning of a text in its own way.
+        token = processing_class.image_token if cut else ""
+
+        def tokens(end: int | None, token: str = token, text: str = text, cut: int = cut) -> list[int]:
+            return tokenizer.encode(token + text[cut:end], add_special_tokens=False)[bool(token) :]
+
+        first = _first_token(tokenizer) if plain else []
+        rest = first + tokens(None)
+        positions = []
+        for number, end in enumerate(row_ends):
+            part = first + tokens(end)
+            if rest[: len(part)] != part:
+                raise ValueError(
+                    f"{row_name(row, index)}: the marker of step {number} melts into its neighbours in this "
+                    "tokenizer: is this the format of this checkpoint?"
+                )
+            positions.append(len(part) - 1)
+        rendered.append(_joined(prefixes[min(index, len(prompts) - 1)], rest, positions))
+    return rendered, image_tensors

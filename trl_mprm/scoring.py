@@ -1,8 +1,10 @@
 """A trained process reward model scores steps and picks the best of N."""
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,19 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from .modeling import add_marker, is_vision_language, load_model, load_processing_class, step_logits
-from .rendering import ProcessingClass, StepFormat, render_batch, tokenizer_of
+from .modeling import (
+    add_marker,
+    is_vision_language,
+    load_model,
+    load_processing_class,
+    load_step_classifier,
+    step_logits,
+)
+from .published import CHECKPOINTS, published_format
+from .rendering import ProcessingClass, Rendered, images_of, pad_batch, render_rows, row_name, texts_of, tokenizer_of
+from .shared_prefix import can_share_prefix, shared_length, shared_prefix_logits
+from .splitting import SPLITS, split_steps
+from .step_format import StepFormat
 
 
 AGGREGATES = {
@@ -65,18 +78,22 @@ class ProcessRewardModel:
         cls,
         model_id: str | os.PathLike,
         base_model: str | None = None,
+        step_format: StepFormat | str | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         revision: str | None = None,
         **model_init_kwargs: Any,
     ) -> "ProcessRewardModel":
         """
-        Load a full checkpoint or a LoRA adapter saved by [`ProcessRewardTrainer`].
+        Load a full checkpoint or a LoRA adapter saved by [`ProcessRewardTrainer`], or a published checkpoint.
 
         Args:
             model_id (`str`):
                 Hub id or local folder.
             base_model (`str`, *optional*):
                 Base of an adapter, where it has moved since the training. Defaults to the one the adapter names.
+            step_format ([`StepFormat`] or `str`, *optional*):
+                Layout of a checkpoint that was not trained by us, or its name in [`published.PUBLISHED`], as
+                `"math-shepherd"`. Defaults to what is saved beside the weights, else to what is known of the Hub id.
             quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
                 Load the text decoder in 4 bit, as a QLoRA adapter was trained.
             revision (`str`, *optional*):
@@ -84,6 +101,10 @@ class ProcessRewardModel:
             model_init_kwargs:
                 Passed to `from_pretrained`, as `dtype` or `device_map`.
         """
+        if step_format is None:
+            step_format = CHECKPOINTS.get(str(model_id))
+        if isinstance(step_format, str):
+            step_format = published_format(step_format)
         folder = Path(model_id)
         if not folder.is_dir():
             try:
@@ -91,7 +112,10 @@ class ProcessRewardModel:
                 folder = Path(snapshot_download(str(model_id), revision=revision, ignore_patterns=ignore))
             except HFValidationError as error:
                 raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
-        step_format = StepFormat.load(folder)
+        step_format = step_format or StepFormat.load(folder)
+        if step_format.head is not None:
+            model = load_step_classifier(str(folder), step_format.head, **model_init_kwargs)
+            return cls(model, load_processing_class(str(folder), vision=False), step_format)
         is_adapter = (folder / "adapter_config.json").is_file()
         if is_adapter:
             peft_config = PeftConfig.from_pretrained(folder)
@@ -138,66 +162,189 @@ class ProcessRewardModel:
         Returns:
             `list[float]`: P(step good) in [0, 1], one a step.
         """
-        row = {"images": list(images), "prompt": question, "completions": list(steps)}
+        row = {"images": images, "prompt": question, "completions": list(steps)}
         return self.score_batch([row])[0]
 
-    def score_batch(self, rows: Sequence[dict[str, Any]], batch_size: int = 8) -> list[list[float]]:
+    def score_batch(
+        self,
+        rows: Sequence[dict[str, Any]],
+        batch_size: int = 8,
+        max_batch_tokens: int = 16384,
+        share_prefix: bool = True,
+    ) -> list[list[float]]:
         """
-        Score many solutions.
+        Score many solutions. Rows with the same images and question are scored together, their prefix computed once.
 
         Args:
             rows (`Sequence[dict]`):
                 Rows with `prompt`, `completions` and optional `images`, as in training.
             batch_size (`int`, *optional*, defaults to `8`):
-                Rows a forward.
+                Rows a forward, for rows that share no prefix.
+            max_batch_tokens (`int`, *optional*, defaults to `16384`):
+                Tokens a forward at most, padding included, a shared prefix not. A longer row is scored alone. Lower it
+                where memory runs out.
+            share_prefix (`bool`, *optional*, defaults to `True`):
+                `False` runs every row from its first token, as the proof that both give the same scores does.
 
         Returns:
             `list[list[float]]`: P(step good) of each step of each row, in the order of `rows`.
         """
-        scores: list[list[float]] = []
-        for start in tqdm(range(0, len(rows), batch_size), desc="Scoring", disable=len(rows) <= batch_size):
-            chunk = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-            batch, markers = render_batch(chunk, self.processing_class, self.step_format)
-            inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-            with torch.inference_mode():
-                logits = step_logits(
-                    self.model, inputs, markers.to(self.model.device), self.step_ids.good, self.step_ids.bad
+        groups: dict[Any, list[int]] = {}
+        for index in range(len(rows)):
+            groups.setdefault(_prompt_key(rows[index]) if share_prefix else index, []).append(index)
+        sharing = share_prefix and can_share_prefix(self.model)
+        together = [group for group in groups.values() if len(group) > 1] if sharing else []
+        shared = {index for group in together for index in group}
+        alone = [index for index in range(len(rows)) if index not in shared]
+        together += [alone[start : start + batch_size] for start in range(0, len(alone), batch_size)]
+        logits: dict[int, torch.Tensor] = {}
+        with tqdm(total=len(rows), desc="Scoring", unit="row", delay=2) as progress, torch.inference_mode():
+            for group in together:
+                chunk = [rows[index] for index in group]
+                score = self._shared_logits if group[0] in shared else self._plain_logits
+                logits |= zip(group, score(chunk, max_batch_tokens), strict=True)
+                progress.update(len(group))
+        return [logits[index].sigmoid().tolist() for index in range(len(rows))]
+
+    def _render(
+        self, rows: list[dict[str, Any]], same_prompt: bool = False
+    ) -> tuple[list[Rendered], dict[str, torch.Tensor]]:
+        rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
+        limit = tokenizer_of(self.processing_class).model_max_length
+        for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
+            if len(tokens.input_ids) > limit:
+                raise ValueError(
+                    f"{row_name(row, index)} has {len(tokens.input_ids)} tokens and this model reads {limit}: "
+                    "shorten the solution or the images"
                 )
-            scores += [list(part) for part in logits.sigmoid().cpu().split(markers.sum(1).tolist())]
-        return [[float(score) for score in row] for row in scores]
+        return rendered, image_tensors
+
+    def _plain_logits(self, rows: list[dict[str, Any]], max_batch_tokens: int) -> list[torch.Tensor]:
+        rendered, image_tensors = self._render(rows)
+        if len(rows) > 1 and len(rows) * max(len(row.input_ids) for row in rendered) > max_batch_tokens:
+            half = len(rows) // 2
+            return [
+                logits for part in (rows[:half], rows[half:]) for logits in self._plain_logits(part, max_batch_tokens)
+            ]
+        batch, markers = pad_batch(rendered, tokenizer_of(self.processing_class))
+        inputs = {name: value.to(self.model.device) for name, value in (image_tensors | batch).items()}
+        flat = step_logits(self.model, inputs, markers.to(self.model.device), self.step_ids.good, self.step_ids.bad)
+        return list(flat.split(markers.sum(1).tolist()))
+
+    def _shared_logits(self, rows: list[dict[str, Any]], max_batch_tokens: int) -> list[torch.Tensor]:
+        rendered, image_tensors = self._render(rows, same_prompt=True)
+        if shared_length(rendered) == 0:
+            return self._plain_logits(rows, max_batch_tokens)
+        return shared_prefix_logits(
+            self.model, rendered, image_tensors, self.step_ids.good, self.step_ids.bad, max_batch_tokens
+        )
 
     def best_of_n(
         self,
         images: Sequence[Image.Image | str],
         question: str,
-        candidates: Sequence[Sequence[str]],
+        candidates: Sequence[str | Sequence[str]],
         aggregate: Literal["mean", "min", "product", "last"] = "mean",
+        split: str | None = None,
+        max_batch_tokens: int = 16384,
     ) -> list[Candidate]:
         """
-        Rank candidate solutions of one question, best first.
+        Rank candidate solutions of one question, best first; images and question are read once for all.
 
         Args:
             images, question:
                 As in [`ProcessRewardModel.score`].
-            candidates (`Sequence[Sequence[str]]`):
-                Solutions, each a list of steps.
+            candidates (`Sequence[str | Sequence[str]]`):
+                Solutions, each a list of steps, or texts to `split`.
             aggregate (`str`, *optional*, defaults to `"mean"`):
                 How step scores become one score: `"mean"` (the paper's Table 3), `"min"`, `"product"` or `"last"`.
+            split (`str`, *optional*):
+                How texts become steps, see [`split_steps`].
+            max_batch_tokens (`int`, *optional*, defaults to `16384`):
+                See [`ProcessRewardModel.score_batch`].
 
         Returns:
             `list[Candidate]`: all candidates, highest score first; equal scores keep their order.
         """
-        if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate is {aggregate!r}, expected one of {', '.join(AGGREGATES)}")
+        _check_aggregate(aggregate)
         if not candidates:
             raise ValueError("`candidates` is empty, expected at least one solution")
         rows = []
         for index, steps in enumerate(candidates):
             if isinstance(steps, str):
-                raise ValueError(f"candidate {index} is one string, expected a list of steps: split it first")
-            rows.append({"images": list(images), "prompt": question, "completions": list(steps)})
+                if split is None:
+                    raise ValueError(
+                        f"candidate {index} is one string, expected a list of steps: "
+                        f"split it first, or name a rule (split={' or '.join(map(repr, SPLITS))})"
+                    )
+                steps = split_steps(steps, split)
+            rows.append({"images": images, "prompt": question, "completions": list(steps)})
+            rows[-1]["rollout_id"] = f"candidate {index}"
         ranking = [
             Candidate(index, AGGREGATES[aggregate](scores), scores)
-            for index, scores in enumerate(self.score_batch(rows))
+            for index, scores in enumerate(self.score_batch(rows, max_batch_tokens=max_batch_tokens))
         ]
         return sorted(ranking, key=lambda candidate: -candidate.score)
+
+    def as_reward_func(
+        self,
+        aggregate: Literal["mean", "min", "product", "last"] = "mean",
+        split: str = "blank_line",
+        max_batch_tokens: int = 16384,
+    ) -> Callable[..., list[float]]:
+        """
+        Serve as `reward_funcs` of TRL's [`~trl.GRPOTrainer`].
+
+        The function takes what TRL hands to a callable: `prompts` and `completions`, texts or messages, and the
+        dataset's `images` or `image` column. Completions of one prompt share its prefix. A completion without text
+        earns 0.
+
+        Args:
+            aggregate, split, max_batch_tokens:
+                As in [`ProcessRewardModel.best_of_n`].
+
+        Examples:
+        ```python
+        trainer = GRPOTrainer(model=policy, reward_funcs=prm.as_reward_func(), train_dataset=dataset, args=args)
+        ```
+        """
+        _check_aggregate(aggregate)
+        split_steps("", split)
+
+        def process_reward(
+            prompts: list, completions: list, images: list | None = None, image: list | None = None, **kwargs: Any
+        ) -> list[float]:
+            pictures = images if images is not None else [[one] for one in image] if image is not None else None
+            rows = []
+            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+                row_images = pictures[index] if pictures is not None else []
+                steps = split_steps(_said(completion, "assistant"), split)
+                rows.append({"images": row_images or [], "prompt": _said(prompt, "user"), "completions": steps})
+            scores = iter(
+                self.score_batch([row for row in rows if row["completions"]], max_batch_tokens=max_batch_tokens)
+            )
+            return [AGGREGATES[aggregate](next(scores)) if row["completions"] else 0.0 for row in rows]
+
+        return process_reward
+
+
+def _check_aggregate(aggregate: str) -> None:
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate is {aggregate!r}, expected one of {', '.join(AGGREGATES)}")
+
+
+def _said(turns: str | list[dict[str, Any]], role: str) -> str:
+    """The text of a plain prompt or completion, or what `role` says in a conversation."""
+    if isinstance(turns, str):
+        return turns
+    return "\n".join(texts_of([turn for turn in turns if turn["role"] == role]))
+
+
+def _prompt_key(row: dict[str, Any]) -> tuple:
+    """The same for rows with the same images and question; a picture in memory counts by its pixels."""
+    keys = (_pixels(image) if isinstance(image, Image.Image) else str(image) for image in images_of(row))
+    return json.dumps(row["prompt"]), *keys
+
+
+def _pixels(image: Image.Image) -> str:
+    return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"

@@ -132,7 +132,7 @@ class ProcessRewardTrainer(Trainer):
         if args.freeze_vision_encoder and is_vision_language(model.config):
             freeze_vision_encoder(model)
         if peft_config is not None:
-            peft_config = fill_peft_config(peft_config, model, self.step_ids.marker)
+            peft_config = fill_peft_config(peft_config, model, self.step_ids.marker[0])
             model = get_peft_model(model, peft_config, revision=init_kwargs.get("revision"))
             # Where the marker made the vocabulary longer, PEFT would save the whole embedding, frozen as it is.
             model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)

@@ -40,7 +40,7 @@ from trl_mprm import (
 
 from ..files import write_json
 from ..modeling import add_marker, load_model, load_processing_class
-from ..rendering import StepFormat
+from ..step_format import StepFormat
 from . import plots
 from .base import BASE_MODEL
 from .settings import DEMO, QUICK, Settings

@@ -1,0 +1,282 @@
+"""Scoring: one prefix for all candidates, equal to the plain path on every backbone; best of N; rewards for GRPO."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_rows, picture
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny import BUILDERS
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_mprm import ProcessRewardModel, StepFormat
+from trl_mprm.modeling import add_marker, load_model, load_processing_class
+from trl_mprm.rendering import render_rows
+from trl_mprm.shared_prefix import can_share_prefix, shared_length
+
+
+TEXT_MODELS = ("qwen2", "llama")
+BACKBONES = (*BUILDERS, *TEXT_MODELS)
+
+
+def load(tiny_folders, architecture: str) -> ProcessRewardModel:
+    folder = tiny_folders[architecture]
+    model, processing_class = load_model(folder), load_processing_class(folder, architecture not in TEXT_MODELS)
+    add_marker(model, processing_class, StepFormat())
+    return ProcessRewardModel(model, processing_class)
+
+
+def rollouts(architecture: str) -> list[dict]:
+    """Two questions with pictures (one of two pictures), one without, one alone; solutions of different lengths."""
+    images = [] if architecture in TEXT_MODELS else [[picture("red")], [picture("red"), picture("blue", (84, 28))]]
+    rows = []
+    for number in range(4):
+        steps = [f"step {step} of {'long ' * number}" for step in range(1 + number)]
+        for prompt, index in (("How many?", 0), ("Which one?", 1)):
+            rows.append({"images": images[index] if images else [], "prompt": prompt, "completions": steps})
+    rows.insert(3, {"images": [], "prompt": "How many?" if images else "What?", "completions": ["none", "of it"]})
+    rows.append({"images": [], "prompt": rows[3]["prompt"], "completions": ["some"]})
+    rows.append({"images": images[0] if images else [], "prompt": "Alone?", "completions": ["yes"]})
+    return rows
+
+
+def largest_difference(first: list[list[float]], second: list[list[float]]) -> float:
+    assert [len(row) for row in first] == [len(row) for row in second]
+    return max(abs(a - b) for row, other in zip(first, second, strict=True) for a, b in zip(row, other, strict=True))
+
+
+def decoder_tokens(model: torch.nn.Module, counted: list[tuple[int, int]]):
+    """Record the shape (rows, tokens) of every pass through the decoder's layers."""
+    layer = model.get_decoder().layers[0]
+    return layer.register_forward_hook(
+        lambda _, args, kwargs, output: counted.append(
+            tuple((args[0] if args else kwargs["hidden_states"]).shape[:2])
+        ),
+        with_kwargs=True,
+    )
+
+
+@pytest.mark.parametrize("architecture", BACKBONES)
+def test_shared_prefix_equals_the_plain_path(architecture, tiny_folders):
+    prm, rows = load(tiny_folders, architecture), rollouts(architecture)
+    plain = prm.score_batch(rows, share_prefix=False, batch_size=1)
+    assert [len(row) for row in plain] == [len(row["completions"]) for row in rows]
+    assert largest_difference(prm.score_batch(rows), plain) < 1e-6
+    assert largest_difference(prm.score_batch(rows, max_batch_tokens=40), plain) < 1e-6
+    assert largest_difference(prm.score_batch(rows, share_prefix=False, max_batch_tokens=100), plain) < 1e-6
+
+
+def test_shared_prefix_of_an_adapter(tiny_folders):
+    prm = load(tiny_folders, "qwen2_5_vl")
+    torch.manual_seed(0)
+    adapter = get_peft_model(prm.model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    prm = ProcessRewardModel(adapter, prm.processing_class)
+    rows = rollouts("qwen2_5_vl")
+    assert largest_difference(prm.score_batch(rows), prm.score_batch(rows, share_prefix=False)) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "internvl", "idefics3"])
+def test_images_are_encoded_once_and_prefix_tokens_run_once(architecture, tiny_folders):
+    prm = load(tiny_folders, architecture)
+    images = [picture("red"), picture("blue", (84, 28))]
+    candidates = [["a step"] * (1 + index % 3) for index in range(6)]
+    vision_inputs, passes = [], []
+    encoder = prm.model.get_encoder("image")
+    hooks = [
+        encoder.register_forward_hook(
+            lambda _, args, kwargs, output: vision_inputs.append(
+                (args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))).shape
+            ),
+            with_kwargs=True,
+        ),
+        decoder_tokens(prm.model, passes),
+    ]
+    prm.score(images, "How many?", candidates[0])
+    alone = vision_inputs.pop()
+    passes.clear()
+    prm.best_of_n(images, "How many?", candidates)
+    for hook in hooks:
+        hook.remove()
+    assert vision_inputs == [alone]  # one forward, of the two distinct images
+
+    rows = [{"images": images, "prompt": "How many?", "completions": steps} for steps in candidates]
+    rendered, _ = render_rows(rows, prm.processing_class, prm.step_format)
+    prefix = shared_length(rendered)
+    longest = max(len(row.input_ids) for row in rendered) - prefix
+    assert passes == [(1, prefix), (len(candidates), longest)]
+    # All candidates begin with the same step: it belongs to the prefix up to its marker.
+    assert prefix == min(row.positions[0] for row in rendered)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen2"])
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_flops_are_within_five_percent_of_the_ideal(architecture, n, tiny_folders):
+    prm = load(tiny_folders, architecture)
+    images = [] if architecture == "qwen2" else [picture("red", (84, 84))]
+    question = "How many tiles are there? " * 12
+    rows = [
+        {"images": images, "prompt": question, "completions": [f"{index:02d} of it" * 3] * 3} for index in range(n)
+    ]
+    rendered, _ = render_rows(rows, prm.processing_class, prm.step_format)
+    prefix, total = shared_length(rendered), len(rendered[0].input_ids)
+    assert {len(row.input_ids) for row in rendered} == {total} and total - prefix < prefix
+    flops = {}
+    for shared in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            prm.score_batch(rows, batch_size=n, share_prefix=shared)
+        flops[shared] = counter.get_total_flops()
+    ideal = (prefix + n * (total - prefix)) / (n * total)
+    assert flops[True] / flops[False] <= 1.05 * ideal if n > 1 else flops[True] == flops[False]
+
+
+def test_max_batch_tokens_bounds_every_forward(tiny_folders):
+    prm, rows = load(tiny_folders, "qwen2"), rollouts("qwen2")
+    rendered, _ = render_rows(rows, prm.processing_class, prm.step_format)
+    longest = max(len(row.input_ids) for row in rendered)
+    for share_prefix in (True, False):
+        passes = []
+        hook = decoder_tokens(prm.model, passes)
+        prm.score_batch(rows, max_batch_tokens=2 * longest, share_prefix=share_prefix)
+        hook.remove()
+        assert max(n_rows * tokens for n_rows, tokens in passes) <= 2 * longest
+        assert any(n_rows > 1 for n_rows, _ in passes)
+    passes = []
+    hook = decoder_tokens(prm.model, passes)
+    prm.score_batch(rows, max_batch_tokens=1)
+    hook.remove()
+    assert all(n_rows == 1 for n_rows, _ in passes)  # what is longer than the bound runs alone
+
+
+def test_pictures_in_memory_share_by_their_pixels(tiny_folders, tmp_path):
+    prm = load(tiny_folders, "internvl")
+    picture("red").save(tmp_path / "red.png")
+    rows = Dataset.from_list(
+        [{"images": [picture("red")], "prompt": "How many?", "completions": [step]} for step in ("one", "two")]
+    )
+    passes = []
+    hook = decoder_tokens(prm.model, passes)
+    scores = prm.score_batch(rows)
+    hook.remove()
+    assert [n_rows for n_rows, _ in passes] == [1, 2]
+    assert scores == [prm.score([str(tmp_path / "red.png")], "How many?", [step]) for step in ("one", "two")] or (
+        largest_difference(
+            scores, [prm.score([str(tmp_path / "red.png")], "How many?", [step]) for step in ("one", "two")]
+        )
+        < 1e-6
+    )
+
+
+def test_layers_without_keys_and_values_are_scored_plainly(tiny_folders, monkeypatch):
+    prm, rows = load(tiny_folders, "qwen2"), rollouts("qwen2")
+    assert can_share_prefix(prm.model)
+    monkeypatch.setattr(
+        "trl_mprm.shared_prefix.DynamicCache",
+        lambda config: type("Cache", (), {"layers": [*DynamicCache(config=config).layers, LinearAttentionLayer()]}),
+    )
+    assert not can_share_prefix(prm.model)
+    assert largest_difference(prm.score_batch(rows), prm.score_batch(rows, share_prefix=False)) == 0
+
+
+def test_best_of_n(tiny_folders):
+    prm = load(tiny_folders, "qwen2")
+    candidates = [["a", "b"], ["c"], ["d", "e", "f"]]
+    scores = [prm.score([], "q", steps) for steps in candidates]
+    reduce = {"mean": lambda row: sum(row) / len(row), "min": min, "product": math.prod, "last": lambda row: row[-1]}
+    for aggregate, function in reduce.items():
+        ranking = prm.best_of_n([], "q", candidates, aggregate=aggregate)
+        expected = sorted(range(3), key=lambda index: -function(scores[index]))
+        assert [candidate.index for candidate in ranking] == expected
+        assert ranking[0].score == pytest.approx(function(scores[expected[0]]), abs=1e-6)
+    texts = ["a\n\nb", "c", "d\n\ne\nAnswer: f"]
+    ranking = prm.best_of_n([], "q", texts, split="blank_line")
+    by_index = {candidate.index: candidate.step_scores for candidate in ranking}
+    assert by_index[0] == pytest.approx(scores[0], abs=1e-6) and len(by_index[2]) == 3
+    same = prm.best_of_n([], "q", [["a"], ["a"]])
+    assert [candidate.index for candidate in same] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "kwargs", "message"),
+    [
+        (["a"], {}, "candidate 0 is one string, expected a list of steps: split it first"),
+        ([], {}, "`candidates` is empty"),
+        ([["a"], ["b", " "]], {}, "row candidate 1: step 1 is ' ', expected text"),
+        (["a", "\n"], {"split": "blank_line"}, "row candidate 1: `completions` is empty"),
+        ([["a"]], {"aggregate": "median"}, "aggregate is 'median', expected one of mean, min, product, last"),
+        (["a"], {"split": "words"}, "by is 'words', expected one of blank_line, numbered"),
+        ([["a"], ["b " * 600]], {}, "row candidate 1 has 1.*tokens and this model reads 512: shorten"),
+    ],
+)
+def test_bad_candidates(candidates, kwargs, message, tiny_folders):
+    prm = load(tiny_folders, "qwen2")
+    prm.processing_class.model_max_length = 512
+    with pytest.raises(ValueError, match=message):
+        prm.best_of_n([], "q", candidates, **kwargs)
+
+
+def test_bad_pictures(tiny_folders):
+    with pytest.raises(ValueError, match="1 images came with a text-only model"):
+        load(tiny_folders, "qwen2").score([picture("red")], "q", ["a"])
+    prm = load(tiny_folders, "qwen2_5_vl")
+    with pytest.raises(ValueError, match="`images` is one Image, expected a list"):
+        prm.score_batch([{"images": picture("red"), "prompt": "q", "completions": ["a"]}])
+    message = "Number of images provided|number of images"
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "q"}]}]
+    with pytest.raises(ValueError, match=message):
+        prm.score_batch([{"images": [picture("red")], "prompt": prompt, "completions": ["a"]}])
+
+
+def test_reward_function_takes_what_trl_hands_over(tiny_folders):
+    prm = load(tiny_folders, "qwen2_5_vl")
+    reward = prm.as_reward_func(aggregate="min")
+    image = picture("red")
+    plain = reward(prompts=["q", "q"], completions=["a\n\nb", " "], images=[[image], [image]], trainer_state=None)
+    assert plain == [pytest.approx(min(prm.score([image], "q", ["a", "b"])), abs=1e-6), 0.0]
+    prompt = [{"role": "system", "content": "be good"}, {"role": "user", "content": [{"type": "text", "text": "q"}]}]
+    chat = reward(
+        prompts=[prompt], completions=[[{"role": "assistant", "content": "a\n\nb"}]], image=[image], other=[1]
+    )
+    assert chat == [pytest.approx(plain[0], abs=1e-6)]
+    assert reward(prompts=["q"], completions=["a"]) == [pytest.approx(prm.score([], "q", ["a"])[0], abs=1e-6)]
+    assert reward.__name__ == "process_reward"
+    with pytest.raises(ValueError, match="by is 'lines'"):
+        prm.as_reward_func(split="lines")
+
+
+@pytest.mark.slow
+def test_reward_function_trains_a_policy_with_grpo(tiny_folders, tmp_path):
+    prm = load(tiny_folders, "qwen2_5_vl")
+    rows = [
+        {"images": row["images"] or [picture("green")], "prompt": [{"role": "user", "content": row["prompt"]}]}
+        for row in make_rows(images=True, n=4)
+    ]
+    trainer = GRPOTrainer(
+        model=tiny_folders["qwen2_5_vl"],
+        reward_funcs=prm.as_reward_func(),
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=8,
+            learning_rate=0.1,
+            max_steps=2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            seed=1,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_processing_class(tiny_folders["qwen2_5_vl"], vision=True),
+    )
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "rewards/process_reward/mean" in entry]
+    assert len(logged) == 2 and all(0 < entry["rewards/process_reward/mean"] < 1 for entry in logged)
+    assert any(entry["rewards/process_reward/std"] > 0 for entry in logged)
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())

@@ -1,0 +1,46 @@
+"""Texts into steps: every rule spelled out."""
+
+import pytest
+
+from trl_mprm.splitting import split_steps
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("one", ["one"]),
+        ("one\ntwo\n\nthree", ["one\ntwo", "three"]),
+        ("one\r\n\r\n \t\n\ntwo\n\n", ["one", "two"]),
+        ("", []),
+        (" \n\n ", []),
+        ("one\nFinal answer: 2", ["one", "Final answer: 2"]),
+        ("one\n\n**Answer:** B\n", ["one", "**Answer:** B"]),
+        ("one\n†Answer: 3", ["one", "†Answer: 3"]),
+        ("one\nThe final answer is 7.", ["one", "The final answer is 7."]),
+        ("Final answer: 2", ["Final answer: 2"]),
+        ("The answer depends on x.\n\nSo x = 2.", ["The answer depends on x.", "So x = 2."]),
+        ("Answers differ.", ["Answers differ."]),
+    ],
+)
+def test_blank_lines(text, steps):
+    assert split_steps(text) == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("Step 1: a\nb\n\nStep 2: c", ["Step 1: a\nb", "Step 2: c"]),
+        ("Look.\nStep 1: a\nstep 2. b", ["Look.\nStep 1: a", "step 2. b"]),
+        ("1. a\n2. b\n3) c", ["1. a", "2. b", "3) c"]),
+        ("### Step 1\na\n**Step 2:** b\nAnswer: 4", ["### Step 1\na", "**Step 2:** b", "Answer: 4"]),
+        ("1.5 is less than\n2.5 which is a number", ["1.5 is less than\n2.5 which is a number"]),
+        ("no number at all\n\nnone", ["no number at all\n\nnone"]),
+    ],
+)
+def test_numbered(text, steps):
+    assert split_steps(text, by="numbered") == steps
+
+
+def test_unknown_rule():
+    with pytest.raises(ValueError, match="by is 'words', expected one of blank_line, numbered"):
+        split_steps("a", by="words")
