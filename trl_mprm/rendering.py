@@ -81,9 +81,13 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(texts_of(prompt))
+
+
 def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -> None:
     """Raise `ValueError` where a question contains one of the tokens `forbidden`."""
-    text = prompt if isinstance(prompt, str) else "\n".join(texts_of(prompt))
+    text = prompt_text(prompt)
     for token in forbidden:
         if token in text:
             raise ValueError(
@@ -308,8 +312,12 @@ def conversation_text(
     """
     tokenizer = tokenizer_of(processing_class)
     _check_steps(row["completions"])
-    for text in (row["prompt"], *row["completions"]):
-        check_prompt(text, special_tokens(tokenizer))
+    forbidden = special_tokens(tokenizer)
+    check_prompt(row["prompt"], forbidden)
+    for number, step in enumerate(row["completions"]):
+        found = [token for token in forbidden if token in step]
+        if found:
+            raise ValueError(f"step {number} contains the special token {found[0]!r}: remove it")
     marked = [step + step_format.marker for step in row["completions"]]
     steps = step_format.joiner.join(marked)
     images = len(images_of(row))
@@ -319,7 +327,7 @@ def conversation_text(
     values = {
         "<image>\n": (placeholder + "\n") * images,
         "<image>": placeholder * images,
-        "{question}": "\n".join(texts_of([{"content": row["prompt"]}])),
+        "{question}": prompt_text(row["prompt"]),
         "{steps}": steps,
         "{step}": row["completions"][0],
     }
@@ -389,9 +397,7 @@ def _render_plain_prefixes(
             check_prompt(row["prompt"], special_tokens(tokenizer))
             if images_of(row):
                 raise ValueError("images came with a format that has none: remove the `images` column")
-        text = "".join(text for _, text in messages).replace(
-            "{question}", "\n".join(texts_of([{"content": row["prompt"]}]))
-        )
+        text = "".join(text for _, text in messages).replace("{question}", prompt_text(row["prompt"]))
         prefixes.append({"input_ids": _first_token(tokenizer) + tokenizer.encode(text, add_special_tokens=False)})
     return prefixes
 

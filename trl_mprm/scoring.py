@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .modeling import (
+    StepClassifier,
     add_marker,
     is_vision_language,
     load_model,
@@ -143,6 +144,8 @@ class ProcessRewardModel:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save model, processor and step format, to be loaded by [`ProcessRewardModel.from_pretrained`]."""
+        if isinstance(self.model, StepClassifier):
+            raise ValueError("a checkpoint with a classification head is already saved: copy its folder")
         self.model.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         self.step_format.save(folder)
