@@ -1,16 +1,30 @@
-"""Rows in, one padded batch with a label at every marker out."""
+"""
+Rows in, one padded batch with a label at every marker out.
 
+With `share_prefix`, rows of the same images and question come as one prefix and its continuations:
+
+    {"labels": ..., "plain": {...rows that share with no other...},
+     "groups": [{"prefix": {"input_ids": (1, P), images}, "input_ids": (rows, R), "markers": (rows, R)}, ...]}
+"""
+
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .rendering import ProcessingClass, render_batch, row_name
+from .rendering import ProcessingClass, Rendered, pad_batch, prompt_key, render_rows, row_name, tokenizer_of
+from .shared_prefix import prefix_inputs, shared_length, suffix_inputs
 from .step_format import StepFormat
 
 
+logger = logging.getLogger(__name__)
+
 IGNORE_INDEX = -100
+OVERLONG = ("error", "drop_steps", "drop_row")
+# Stands in where every row of a batch was dropped, so that all processes still make the same steps. It has no label.
+NOTHING = {"prompt": "-", "completions": ["-"], "labels": [IGNORE_INDEX]}
 
 
 @dataclass
@@ -26,6 +40,18 @@ class DataCollatorForProcessReward:
             The model's processor or tokenizer, with the marker already in its vocabulary.
         step_format (`StepFormat`, *optional*):
             Marker, reward tokens and joiner.
+        max_length (`int`, *optional*):
+            Most tokens a row may have, those of its images included. Images are never cut.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            What happens to a longer row: `"error"`, `"drop_steps"` (its last steps, as many as needed; the row where
+            no label is left) or `"drop_row"`. The batch counts what was dropped under `overlong`: rows, steps, and
+            labelled steps.
+        share_prefix (`bool`, *optional*, defaults to `False`):
+            Give rows of the same images and question as one prefix and its continuations.
+        counts (`bool`, *optional*, defaults to `False`):
+            Labels are `mc_counts / mc_total` and the batch holds `mc_total`, `(rows,)`, for count losses.
+        source_weights (`dict[str, float]`, *optional*):
+            Weight of the rows of each `source`, 1 where none is named; the batch holds `row_weights`, `(rows,)`.
 
     Examples:
     ```python
@@ -55,14 +81,92 @@ class DataCollatorForProcessReward:
 
     processing_class: ProcessingClass
     step_format: StepFormat = StepFormat()
+    max_length: int | None = None
+    overlong: str = "error"
+    share_prefix: bool = False
+    counts: bool = False
+    source_weights: dict[str, float] | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         for index, row in enumerate(rows):
             check_labels(row, row_name(row, index))
-        batch, markers = render_batch(rows, self.processing_class, self.step_format)
+        if self.counts:
+            rows = [_with_count_labels(row, row_name(row, index)) for index, row in enumerate(rows)]
+        if self.share_prefix:
+            rows, batch, dropped = self._shared(rows)
+        else:
+            rows, rendered, image_tensors, dropped = self._fitting(rows)
+            batch = self._plain(rows, rendered, image_tensors)
+        if self.max_length is not None:
+            batch["overlong"] = torch.tensor(dropped)
+        if self.counts:
+            batch["mc_total"] = torch.tensor([float(row.get("mc_total", 1)) for row in rows])
+        if self.source_weights is not None:
+            weights = [self.source_weights.get(row.get("source"), 1.0) for row in rows]
+            batch["row_weights"] = torch.tensor(weights, dtype=torch.float32)
+        return batch
+
+    def _shared(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any], list[int]]:
+        prompts: dict[Any, list[dict]] = {}
+        for row in rows:
+            prompts.setdefault(prompt_key(row), []).append(row)
+        alone = [group[0] for group in prompts.values() if len(group) == 1]
+        used, batch, dropped = [], {"groups": []}, [0, 0, 0]
+        for group in [alone] * bool(alone) + [group for group in prompts.values() if len(group) > 1]:
+            fitting, rendered, image_tensors, group_dropped = self._fitting(group, same_prompt=group is not alone)
+            used += fitting
+            dropped = [sum(pair) for pair in zip(dropped, group_dropped, strict=True)]
+            if group is alone:
+                batch["plain"] = self._plain(fitting, rendered, image_tensors)
+                continue
+            length = shared_length(rendered)
+            labelled = [
+                [position for position, label in zip(tokens.positions, row["labels"], strict=True) if label >= 0]
+                for tokens, row in zip(rendered, fitting, strict=True)
+            ]
+            rendered = [tokens._replace(positions=read) for tokens, read in zip(rendered, labelled, strict=True)]
+            tokens, markers = suffix_inputs(rendered, length)
+            prefix = prefix_inputs(rendered[0], length, image_tensors)
+            batch["groups"].append({"prefix": prefix, "input_ids": tokens, "markers": markers})
+        width = max(len(row["labels"]) for row in used)
+        # Trainer counts labels from the second column on.
+        padded = [[IGNORE_INDEX, *row["labels"], *[IGNORE_INDEX] * (width - len(row["labels"]))] for row in used]
+        batch["labels"] = torch.tensor(padded, dtype=torch.float32)
+        return used, batch, dropped
+
+    def _plain(
+        self, rows: list[dict[str, Any]], rendered: list[Rendered], image_tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        batch, markers = pad_batch(rendered, tokenizer_of(self.processing_class))
         labels = torch.full(markers.shape, float(IGNORE_INDEX))
         labels[markers] = torch.tensor([float(label) for row in rows for label in row["labels"]])
-        return {**batch, "labels": labels}
+        return {**image_tensors, **batch, "labels": labels}
+
+    def _fitting(
+        self, rows: list[dict[str, Any]], same_prompt: bool = False
+    ) -> tuple[list[dict[str, Any]], list[Rendered], dict[str, torch.Tensor], list[int]]:
+        """Render rows and cut those that are too long; what is read, and how many rows, steps and labels were not."""
+        rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
+        fitting, dropped = [], [0, 0, 0]
+        for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
+            if self.max_length is None or len(tokens.input_ids) <= self.max_length:
+                fitting.append(row)
+                continue
+            name = f"{row_name(row, index)} has {len(tokens.input_ids)} tokens, more than max_length {self.max_length}"
+            if self.overlong == "error":
+                raise ValueError(f'{name}: raise max_length, or set overlong to "drop_steps" or "drop_row"')
+            n_kept = sum(position < self.max_length for position in tokens.positions)
+            n_kept *= self.overlong == "drop_steps" and any(label != IGNORE_INDEX for label in row["labels"][:n_kept])
+            gone = row["labels"][n_kept:]
+            counted = [int(n_kept == 0), len(gone), sum(label != IGNORE_INDEX for label in gone)]
+            dropped = [sum(pair) for pair in zip(dropped, counted, strict=True)]
+            logger.warning(f"{name}: {counted[2]} labelled steps dropped, {n_kept} steps kept")
+            if n_kept:
+                fitting.append(row | {key: row[key][:n_kept] for key in ("completions", "labels")})
+        if any(dropped):
+            fitting = fitting or [NOTHING]
+            rendered, image_tensors = render_rows(fitting, self.processing_class, self.step_format, same_prompt)
+        return fitting, rendered, image_tensors, dropped
 
 
 def check_labels(row: dict[str, Any], name: str) -> None:
@@ -80,3 +184,19 @@ def check_labels(row: dict[str, Any], name: str) -> None:
             )
     if all(label == IGNORE_INDEX for label in labels):
         raise ValueError(f"{name}: every label is -100, expected at least one labelled step: remove the row")
+
+
+def _with_count_labels(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The labels as shares of counts; raise `ValueError` where a labelled step has no count."""
+    counts, total = row.get("mc_counts"), row.get("mc_total")
+    if counts is None or not total or len(counts) != len(row["labels"]):
+        raise ValueError(
+            f'{name}: loss_type="beta_binomial" needs `mc_counts`, one a step, and `mc_total` above 0, '
+            f"got {counts!r:.60} and {total!r}"
+        )
+    labels = []
+    for number, (label, count) in enumerate(zip(row["labels"], counts, strict=True)):
+        if label != IGNORE_INDEX and not (isinstance(count, int) and 0 <= count <= total):
+            raise ValueError(f"{name}: count of step {number} is {count!r}, expected 0 to {total}")
+        labels.append(IGNORE_INDEX if label == IGNORE_INDEX else count / total)
+    return row | {"labels": labels}

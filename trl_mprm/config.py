@@ -5,8 +5,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .collator import OVERLONG
 from .loss import LOSS_TYPES
 from .step_format import StepFormat
+
+
+REWARD_HEADS = ("lm", "classification")
 
 
 @dataclass
@@ -25,9 +29,31 @@ class ProcessRewardConfig(TrainingArguments):
         reward_tokens (`list[str]`, *optional*, defaults to `["Yes", "No"]`):
             Tokens whose logits tell a good step from a bad one, one token each.
         loss_type (`str`, *optional*, defaults to `"hard"`):
-            `"hard"`: label 1[MC score > threshold], `"soft"`: the MC score itself.
+            `"hard"`: label 1[MC score > threshold], `"soft"`: the MC score itself, `"beta_binomial"`: the count of
+            good continuations, from the columns `mc_counts` and `mc_total` (its mean is the score; the logit of the
+            marker itself learns the concentration).
         hard_threshold (`float`, *optional*, defaults to `0.0`):
             Threshold of the hard label.
+        concentration_penalty (`float`, *optional*, defaults to `0.05`):
+            Of `loss_type="beta_binomial"`, see [`~loss.beta_binomial_losses`].
+        class_weights (`list[float]`, *optional*):
+            Weights of good and of bad steps in the loss. The sum is divided by the number of steps all the same.
+        source_weights (`dict[str, float]`, *optional*):
+            Weights of the rows of each `source`, 1 where none is named.
+        max_length (`int`, *optional*):
+            Most tokens a row may have, those of its images included. Images are never cut.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            What happens to a longer row: `"error"`, `"drop_steps"` or `"drop_row"`. What was dropped is counted in the
+            logs (`overlong_rows`, `overlong_steps`, `overlong_labelled_steps`).
+        share_prefix (`bool`, *optional*, defaults to `False`):
+            Run images and question of rollouts of one question once a batch. The rows of a question are drawn
+            together.
+        reward_head (`str`, *optional*, defaults to `"lm"`):
+            `"lm"`: two tokens of the language-model head. `"classification"`: a head of two labels on a text-only
+            model, as TRL's `PRMTrainer` trained; the prompt is plain text and a step is read at the last token of
+            `step_separator`.
+        step_separator (`str`, *optional*, defaults to `"\\n"`):
+            Text after every step, for `reward_head="classification"`.
         freeze_vision_encoder (`bool`, *optional*, defaults to `True`):
             Keep the vision encoder as it is; the projector and the text decoder are trained.
 
@@ -38,7 +64,11 @@ class ProcessRewardConfig(TrainingArguments):
     > raw columns).
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "processor_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "processor_kwargs",
+        "source_weights",
+    ]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
@@ -58,13 +88,38 @@ class ProcessRewardConfig(TrainingArguments):
         default_factory=lambda: list(StepFormat.reward_tokens),
         metadata={"help": "The two tokens for a good and a bad step."},
     )
-    loss_type: str = field(default="hard", metadata={"help": "'hard' or 'soft' labels.", "choices": LOSS_TYPES})
+    loss_type: str = field(
+        default="hard", metadata={"help": "'hard', 'soft' or 'beta_binomial'.", "choices": LOSS_TYPES}
+    )
     hard_threshold: float = field(default=0.0, metadata={"help": "Hard label = 1[MC score > threshold]."})
+    concentration_penalty: float = field(default=0.05, metadata={"help": "Of loss_type='beta_binomial'."})
+    class_weights: list[float] | None = field(default=None, metadata={"help": "Weights of good and of bad steps."})
+    source_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Weights of the rows of each source, as {'ChartQA': 2.0}."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens a row may have, images included."})
+    overlong: str = field(
+        default="error", metadata={"help": "'error', 'drop_steps' or 'drop_row' for longer rows.", "choices": OVERLONG}
+    )
+    share_prefix: bool = field(
+        default=False, metadata={"help": "Run images and question of rollouts of one question once a batch."}
+    )
+    reward_head: str = field(
+        default="lm",
+        metadata={"help": "'lm', or 'classification' as TRL's PRMTrainer.", "choices": REWARD_HEADS},
+    )
+    step_separator: str = field(default="\n", metadata={"help": "After a step, with reward_head='classification'."})
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "Do not train the vision encoder."})
 
     def __post_init__(self):
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
+        choices = {"loss_type": LOSS_TYPES, "overlong": OVERLONG, "reward_head": REWARD_HEADS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.class_weights is not None and (len(self.class_weights) != 2 or min(self.class_weights) < 0):
+            raise ValueError(f"class_weights is {self.class_weights}, expected two of at least 0: for good, for bad")
+        if self.reward_head == "classification" and (self.share_prefix or self.loss_type == "beta_binomial"):
+            raise ValueError('share_prefix and loss_type="beta_binomial" need reward_head="lm"')
         if len(self.reward_tokens) != 2:
             raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two: for a good step, for a bad step")
         if self.hub_strategy in ("checkpoint", "all_checkpoints"):
@@ -76,4 +131,8 @@ class ProcessRewardConfig(TrainingArguments):
 
     @property
     def step_format(self) -> StepFormat:
-        return StepFormat(self.marker, tuple(self.reward_tokens))
+        if self.reward_head == "classification":
+            return StepFormat(
+                self.step_separator, joiner="", messages=(("", "{question}"),), head="score", loss_type=self.loss_type
+            )
+        return StepFormat(self.marker, tuple(self.reward_tokens), loss_type=self.loss_type)

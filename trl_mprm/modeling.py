@@ -8,18 +8,21 @@ Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`: transfo
 import copy
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -45,7 +48,10 @@ def is_vision_language(config: PreTrainedConfig) -> bool:
 
 
 def load_model(
-    model_id: str, quantization_config: BitsAndBytesConfig | None = None, **model_init_kwargs: Any
+    model_id: str,
+    quantization_config: BitsAndBytesConfig | None = None,
+    reward_head: str = "lm",
+    **model_init_kwargs: Any,
 ) -> PreTrainedModel:
     """
     Load a vision-language or text-only model by Hub id or folder; never with remote code unless asked.
@@ -55,6 +61,8 @@ def load_model(
             Hub id or local folder.
         quantization_config (`BitsAndBytesConfig`, *optional*):
             Quantise the text decoder, and nothing else: not the vision encoder, the projector or the LM head.
+        reward_head (`str`, *optional*, defaults to `"lm"`):
+            `"classification"` loads a text-only model with a head of two labels, new where it has none.
         model_init_kwargs:
             Passed to `from_pretrained`; `dtype` is float32 by default, as in TRL.
     """
@@ -63,6 +71,14 @@ def load_model(
     kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_init_kwargs}
     config = AutoConfig.from_pretrained(model_id, **pinned(kwargs))
     auto = AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
+    if reward_head == "classification":
+        if is_vision_language(config):
+            raise ValueError(
+                f"{model_id} reads images, and no vision-language model has a token classification class: "
+                'set reward_head="lm"'
+            )
+        auto, config.num_labels = AutoModelForTokenClassification, 2
+        kwargs["config"] = config
     if quantization_config is not None:
         quantization_config = copy.deepcopy(quantization_config)
         with torch.device("meta"):
@@ -129,6 +145,24 @@ def load_step_classifier(folder: str, head: str, **model_init_kwargs: Any) -> St
         raise ValueError(f"{folder}: expected a head of one or two outputs named {head!r} in *.safetensors, got {got}")
     decoder = AutoModel.from_pretrained(folder, **kwargs)
     return StepClassifier(decoder, torch.nn.Sequential(*layers).to(decoder.device, decoder.dtype))
+
+
+def check_classifier(model: torch.nn.Module) -> None:
+    """Raise `ValueError` where a model has no head of two labels; switch its dropout off, as TRL's `PRMTrainer` did."""
+    base = base_of(model)
+    if type(base) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.values() or base.config.num_labels != 2:
+        raise ValueError(
+            f'reward_head="classification" needs an AutoModelForTokenClassification of 2 labels, got '
+            f"{type(base).__name__} of {base.config.num_labels}: give its id, or load it with num_labels=2"
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def base_of(model: torch.nn.Module) -> PreTrainedModel:
+    """The model inside an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def pinned(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -231,23 +265,27 @@ def freeze_vision_encoder(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def fill_peft_config(peft_config: LoraConfig, model: PreTrainedModel, marker_id: int) -> LoraConfig:
-    """Where the user left them open: adapt the decoder's linear layers, and train the marker's embedding row."""
+def fill_peft_config(
+    peft_config: LoraConfig, model: PreTrainedModel, marker_id: int, reward_head: str = "lm"
+) -> LoraConfig:
+    """Where the user left them open: adapt the decoder's linear layers, train the marker's embedding row or the head."""
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
         peft_config.target_modules = decoder_linears(model)
-    if peft_config.trainable_token_indices is None:
+    if reward_head == "classification":
+        peft_config.modules_to_save = peft_config.modules_to_save or ["score"]
+    elif peft_config.trainable_token_indices is None:
         embeddings = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is embeddings)
         peft_config.trainable_token_indices = {name.rpartition(".")[2]: [marker_id]}
     return peft_config
 
 
-def step_logits(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], markers: torch.Tensor, good_id: int, bad_id: int
+def marker_logits(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], markers: torch.Tensor, token_ids: Sequence[int]
 ) -> torch.Tensor:
     """
-    Logit of P(step good) at each marker, computed by one forward whose LM head sees the markers only.
+    Logits of a few tokens at each marker, computed by one forward whose LM head sees the markers only.
 
     Args:
         model (`torch.nn.Module`):
@@ -256,11 +294,11 @@ def step_logits(
             What `forward` takes; `input_ids` of shape `(rows, tokens)`.
         markers (`torch.Tensor`):
             Bool mask of shape `(rows, tokens)`, True at each marker.
-        good_id, bad_id (`int`):
-            Token ids of the two reward tokens.
+        token_ids (`Sequence[int]`):
+            Tokens, the two reward tokens first.
 
     Returns:
-        `torch.Tensor`: `logit(good) - logit(bad)`, float32, shape `(markers.sum(),)`, in row order.
+        `torch.Tensor`: float32, shape `(markers.sum(), len(token_ids))`, in row order.
     """
     logits = model(**inputs, logits_to_keep=markers, use_cache="past_key_values" in inputs).logits
     if logits.ndim != 2:
@@ -268,5 +306,9 @@ def step_logits(
             f"expected logits at the {int(markers.sum())} markers only, got shape {tuple(logits.shape)}: this model's "
             "forward does not take a boolean `logits_to_keep` (transformers >= 5.21 native classes do)"
         )
-    good, bad = logits[:, [good_id, bad_id]].float().unbind(-1)
-    return good - bad
+    return logits[:, list(token_ids)].float()
+
+
+def good_minus_bad(logits: torch.Tensor) -> torch.Tensor:
+    """Logit of P(step good): that of the first reward token minus that of the second, shape `(steps,)`."""
+    return logits[:, 0] - logits[:, 1]

@@ -13,6 +13,8 @@ lets the separator melt into its neighbours (QwenLM/ProcessBench pull request 12
 Published checkpoints were trained on other layouts; each is a [`StepFormat`] too, see [`published`].
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -54,6 +56,16 @@ def images_of(row: dict[str, Any]) -> Sequence[Any]:
     if not isinstance(images, Sequence) or isinstance(images, str):
         raise ValueError(f"`images` is one {type(images).__name__}, expected a list: write images=[image]")
     return images
+
+
+def prompt_key(row: dict[str, Any]) -> tuple:
+    """The same for rows with the same images and question; a picture in memory counts by its pixels."""
+    return json.dumps(row["prompt"]), *(
+        f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+        if isinstance(image, Image.Image)
+        else str(image)
+        for image in images_of(row)
+    )
 
 
 def render_prefix_text(row: dict[str, Any], processing_class: ProcessingClass) -> str:

@@ -1,7 +1,5 @@
 """A trained process reward model scores steps and picks the best of N."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,20 +13,24 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
+from .distinct_images import encode_distinct_images
+from .loss import concentration
 from .modeling import (
     StepClassifier,
     add_marker,
+    base_of,
+    good_minus_bad,
     is_vision_language,
     load_model,
     load_processing_class,
     load_step_classifier,
-    step_logits,
+    marker_logits,
 )
 from .published import CHECKPOINTS, published_format
-from .rendering import ProcessingClass, Rendered, images_of, pad_batch, render_rows, row_name, texts_of, tokenizer_of
-from .shared_prefix import can_share_prefix, shared_length, shared_prefix_logits
+from .rendering import ProcessingClass, Rendered, pad_batch, prompt_key, render_rows, row_name, texts_of, tokenizer_of
+from .shared_prefix import can_share_prefix, prefix_inputs, run_prefix, shared_length, suffix_inputs
 from .splitting import SPLITS, split_steps
 from .step_format import StepFormat
 
@@ -72,6 +74,8 @@ class ProcessRewardModel:
         self.model = model.eval()
         self.processing_class = processing_class
         self.step_format = step_format or StepFormat()
+        if isinstance(processing_class, ProcessorMixin):
+            encode_distinct_images(base_of(model))
         self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
 
     @classmethod
@@ -192,22 +196,45 @@ class ProcessRewardModel:
         Returns:
             `list[list[float]]`: P(step good) of each step of each row, in the order of `rows`.
         """
+        logits = self._marker_logits(rows, batch_size, max_batch_tokens, share_prefix)
+        return [good_minus_bad(row).sigmoid().tolist() for row in logits]
+
+    def concentrations(self, rows: Sequence[dict[str, Any]], **kwargs: Any) -> list[list[float]]:
+        """
+        How sure a model trained with `loss_type="beta_binomial"` is of each score, in continuations.
+
+        A score s with concentration c has the standard deviation `sqrt(s * (1 - s) / (c + 1))`. The arguments are those
+        of [`ProcessRewardModel.score_batch`].
+        """
+        if self.step_format.loss_type != "beta_binomial":
+            raise ValueError(
+                f'this model was trained with loss_type="{self.step_format.loss_type}": '
+                'only "beta_binomial" learns a concentration'
+            )
+        return [concentration(row[:, 2]).tolist() for row in self._marker_logits(rows, **kwargs)]
+
+    def _marker_logits(
+        self,
+        rows: Sequence[dict[str, Any]],
+        batch_size: int = 8,
+        max_batch_tokens: int = 16384,
+        share_prefix: bool = True,
+    ) -> list[torch.Tensor]:
+        """Logits of the reward tokens and the marker at each step, `(steps, 3)` a row."""
+        sharing = share_prefix and can_share_prefix(self.model)
         groups: dict[Any, list[int]] = {}
         for index in range(len(rows)):
-            groups.setdefault(_prompt_key(rows[index]) if share_prefix else index, []).append(index)
-        sharing = share_prefix and can_share_prefix(self.model)
-        together = [group for group in groups.values() if len(group) > 1] if sharing else []
-        shared = {index for group in together for index in group}
-        alone = [index for index in range(len(rows)) if index not in shared]
-        together += [alone[start : start + batch_size] for start in range(0, len(alone), batch_size)]
+            groups.setdefault(prompt_key(rows[index]) if sharing else index, []).append(index)
+        together = [group for group in groups.values() if len(group) > 1]
+        alone = [index for group in groups.values() if len(group) == 1 for index in group]
+        chunks = [(self._plain_logits, alone[at : at + batch_size]) for at in range(0, len(alone), batch_size)]
+        chunks += [(self._shared_logits, group) for group in together]
         logits: dict[int, torch.Tensor] = {}
         with tqdm(total=len(rows), desc="Scoring", unit="row", delay=2) as progress, torch.inference_mode():
-            for group in together:
-                chunk = [rows[index] for index in group]
-                score = self._shared_logits if group[0] in shared else self._plain_logits
-                logits |= zip(group, score(chunk, max_batch_tokens), strict=True)
-                progress.update(len(group))
-        return [logits[index].sigmoid().tolist() for index in range(len(rows))]
+            for score, chunk in chunks:
+                logits |= zip(chunk, score([rows[index] for index in chunk], max_batch_tokens), strict=True)
+                progress.update(len(chunk))
+        return [logits[index] for index in range(len(rows))]
 
     def _render(
         self, rows: list[dict[str, Any]], same_prompt: bool = False
@@ -230,17 +257,31 @@ class ProcessRewardModel:
                 logits for part in (rows[:half], rows[half:]) for logits in self._plain_logits(part, max_batch_tokens)
             ]
         batch, markers = pad_batch(rendered, tokenizer_of(self.processing_class))
-        inputs = {name: value.to(self.model.device) for name, value in (image_tensors | batch).items()}
-        flat = step_logits(self.model, inputs, markers.to(self.model.device), self.step_ids.good, self.step_ids.bad)
-        return list(flat.split(markers.sum(1).tolist()))
+        return self._forward(image_tensors | batch, markers)
 
     def _shared_logits(self, rows: list[dict[str, Any]], max_batch_tokens: int) -> list[torch.Tensor]:
         rendered, image_tensors = self._render(rows, same_prompt=True)
-        if shared_length(rendered) == 0:
+        length = shared_length(rendered)
+        if length == 0:
             return self._plain_logits(rows, max_batch_tokens)
-        return shared_prefix_logits(
-            self.model, rendered, image_tensors, self.step_ids.good, self.step_ids.bad, max_batch_tokens
-        )
+        inputs = prefix_inputs(rendered[0], length, image_tensors)
+        prefix = run_prefix(self.model, {name: value.to(self.model.device) for name, value in inputs.items()})
+        logits: dict[int, torch.Tensor] = {}
+        order = sorted(range(len(rows)), key=lambda index: len(rendered[index].input_ids))
+        while order:
+            longest = len(rendered[order[-1]].input_ids) - length
+            order, chunk = _split_off(order, max_batch_tokens // longest)
+            tokens, markers = suffix_inputs([rendered[index] for index in chunk], length)
+            logits |= zip(chunk, self._forward({"input_ids": tokens}, markers, past_key_values=prefix), strict=True)
+        return [logits[index] for index in range(len(rows))]
+
+    def _forward(self, inputs: dict[str, torch.Tensor], markers: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:
+        device = self.model.device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        ids = self.step_ids
+        token_ids = [ids.good, ids.bad] if self.step_format.head else [ids.good, ids.bad, *ids.marker[-1:]]
+        flat = marker_logits(self.model, inputs | kwargs, markers.to(device), token_ids)
+        return list(flat.split(markers.sum(1).tolist()))
 
     def best_of_n(
         self,
@@ -343,11 +384,7 @@ def _said(turns: str | list[dict[str, Any]], role: str) -> str:
     return "\n".join(texts_of([turn for turn in turns if turn["role"] == role]))
 
 
-def _prompt_key(row: dict[str, Any]) -> tuple:
-    """The same for rows with the same images and question; a picture in memory counts by its pixels."""
-    keys = (_pixels(image) if isinstance(image, Image.Image) else str(image) for image in images_of(row))
-    return json.dumps(row["prompt"]), *keys
-
-
-def _pixels(image: Image.Image) -> str:
-    return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+def _split_off(order: list[int], n: int) -> tuple[list[int], list[int]]:
+    """Split the last `n` off, at least one."""
+    cut = len(order) - max(1, n)
+    return order[: max(0, cut)], order[max(0, cut) :]

@@ -1,5 +1,5 @@
 """
-Score solutions of one question in one pass over what they share.
+Run what solutions of one question share only once, in scoring and in training.
 
 Sixteen solutions of one question begin alike: picture, question, and all that stands around them. The plain way runs
 that prefix sixteen times. Here it runs once; then all solutions run side by side, each seeing the prefix and itself:
@@ -9,8 +9,8 @@ that prefix sixteen times. Here it runs once; then all solutions run side by sid
                                   [B is red.<prm>]              together
     tokens run: P + 16 R instead of 16 (P + R)
 
-The keys and values of the prefix are neither copied nor repeated: each layer joins them to those of the solutions
-while it runs, and forgets the result.
+The keys and values of the prefix are neither repeated nor kept twice: each layer joins them to those of the solutions
+while it runs, and forgets the result. Gradients flow back through them into the prefix.
 """
 
 from collections.abc import Sequence
@@ -18,28 +18,36 @@ from collections.abc import Sequence
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .modeling import step_logits
 from .rendering import Rendered
 
 
-class _PrefixLayer(DynamicLayer):
-    """The keys and values of a prefix in one layer, read by many rows and changed by none."""
+class _Written(DynamicLayer):
+    """Takes the keys and values of a prefix in one layer. Written twice it is the same, as checkpointing needs."""
 
-    def __init__(self, prefix: DynamicLayer):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class _Read(DynamicLayer):
+    """Hands the keys and values of a prefix to many rows, and keeps nothing of theirs."""
+
+    def __init__(self, written: _Written):
         super().__init__()
-        self.prefix, self.is_sliding, self.is_initialized = prefix, prefix.is_sliding, True
+        self.written, self.is_initialized = written, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         rows = key_states.shape[0]
-        keys, values = (states.expand(rows, -1, -1, -1) for states in (self.prefix.keys, self.prefix.values))
+        keys, values = (states.expand(rows, -1, -1, -1) for states in (self.written.keys, self.written.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def get_seq_length(self) -> int:
-        return self.prefix.get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.prefix.get_mask_sizes(query_length)
+        return self.written.keys.shape[-2]
 
 
 def can_share_prefix(model: torch.nn.Module) -> bool:
@@ -66,61 +74,43 @@ def shared_length(rows: Sequence[Rendered]) -> int:
     return next((index for index in range(limit) if first[index] != last[index]), limit)
 
 
-def shared_prefix_logits(
-    model: torch.nn.Module,
-    rows: Sequence[Rendered],
-    image_tensors: dict[str, torch.Tensor],
-    good_id: int,
-    bad_id: int,
-    max_batch_tokens: int,
-) -> list[torch.Tensor]:
+def prefix_inputs(row: Rendered, length: int, image_tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What [`run_prefix`] takes: the first `length` tokens of a row, and its images."""
+    tokens = {"input_ids": row.input_ids, **row.token_types}
+    return {**image_tensors, **{name: torch.tensor([values[:length]]) for name, values in tokens.items()}}
+
+
+def suffix_inputs(rows: Sequence[Rendered], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Logit of P(step good) at each position of each row, the prefix that the rows share computed once.
+    What stands after the first `length` tokens, and the mask of the positions that are read: `(rows, tokens)` both.
+
+    Padding stands on the right, where causal attention never looks: no attention mask is needed.
+    """
+    longest = max(len(row.input_ids) for row in rows) - length
+    tokens = torch.tensor([(row.input_ids + row.input_ids[-1:] * longest)[length : length + longest] for row in rows])
+    markers = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row_markers, row in zip(markers, rows, strict=True):
+        row_markers[[position - length for position in row.positions]] = True
+    return tokens, markers
+
+
+def run_prefix(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Cache:
+    """
+    Run a prefix, and return what its continuations see of it: `past_key_values` of a forward over their tokens.
 
     Args:
         model (`torch.nn.Module`):
-            Model in evaluation mode.
-        rows (`Sequence[Rendered]`):
-            Rows that begin with the same images and at least one more token.
-        image_tensors (`dict[str, torch.Tensor]`):
-            The images of one row, as the processor returns them.
-        good_id, bad_id (`int`):
-            Token ids of the two reward tokens.
-        max_batch_tokens (`int`):
-            Tokens a forward holds at most, padding included, the prefix not; a longer row runs alone.
-
-    Returns:
-        `list[torch.Tensor]`: `logit(good) - logit(bad)` in float32, one tensor a row, one number a step.
+            Model, possibly wrapped.
+        inputs (`dict[str, torch.Tensor]`):
+            From [`prefix_inputs`], on the device of the model.
     """
-    length = shared_length(rows)
-    # Qwen-VL models keep the offset of their last image's positions; a prefix without image would inherit it.
     for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # both kinds of layer can be run again by checkpointing
+            module._can_checkpoint_with_cache = True
+        # Qwen-VL models keep the offset of their last image's positions; a prefix without image would inherit it.
         if "rope_deltas" in vars(module):
             module.rope_deltas = None
-    cache = DynamicCache(config=model.config)
-    first = rows[0]
-    inputs = {name: tensor.to(model.device) for name, tensor in image_tensors.items()}
-    for name, values in {"input_ids": first.input_ids, **first.token_types}.items():
-        inputs[name] = torch.tensor([values[:length]], device=model.device)
+    written = [_Written() for _ in DynamicCache(config=model.config).layers]
     nothing = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    model(**inputs, logits_to_keep=nothing, past_key_values=cache, use_cache=True)
-    prefix = Cache(layers=[_PrefixLayer(layer) for layer in cache.layers])
-
-    logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-    while order:
-        longest = len(rows[order[-1]].input_ids) - length
-        chunk = order[-max(1, max_batch_tokens // longest) :]
-        order = order[: -len(chunk)]
-        # Padding stands on the right, where causal attention never looks: no mask is needed.
-        tokens = torch.zeros(len(chunk), longest, dtype=torch.long)
-        markers = torch.zeros(len(chunk), longest, dtype=torch.bool)
-        for place, index in enumerate(chunk):
-            ids, positions = rows[index].input_ids[length:], rows[index].positions
-            tokens[place] = torch.tensor(ids + ids[-1:] * (longest - len(ids)))
-            markers[place, [position - length for position in positions]] = True
-        inputs = {"input_ids": tokens.to(model.device), "past_key_values": prefix}
-        flat = step_logits(model, inputs, markers.to(model.device), good_id, bad_id)
-        for index, part in zip(chunk, flat.split(markers.sum(1).tolist()), strict=True):
-            logits[index] = part
-    return logits
+    model(**inputs, logits_to_keep=nothing, past_key_values=Cache(layers=written), use_cache=True)
+    return Cache(layers=[_Read(layer) for layer in written])

@@ -49,6 +49,8 @@ class StepFormat:
         head (`str`, *optional*):
             Name of the classification head in the checkpoint, as `"score"`, where not the language-model head but a
             head of one output (sigmoid) or two (softmax, the second is good) gives the reward.
+        loss_type (`str`, *optional*, defaults to `"hard"`):
+            Loss of the training; `"beta_binomial"` teaches the marker's own logit the concentration of the score.
     """
 
     marker: str = "<prm>"
@@ -57,6 +59,7 @@ class StepFormat:
     messages: tuple[tuple[str, str], ...] | None = None
     answer: str | None = None
     head: str | None = None
+    loss_type: str = "hard"
 
     FILE_NAME = "process_reward_config.json"
 
@@ -104,6 +107,7 @@ class StepFormat:
                 messages and tuple((role, text) for role, text in messages),
                 values.get("answer"),
                 values.get("head"),
+                values.get("loss_type", "hard"),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

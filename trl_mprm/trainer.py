@@ -30,24 +30,34 @@ from transformers.utils import ADAPTER_CONFIG_NAME, PushInProgress
 
 from .collator import IGNORE_INDEX, DataCollatorForProcessReward, check_labels
 from .config import ProcessRewardConfig
+from .distinct_images import encode_distinct_images
 from .files import write_json
-from .loss import step_loss, step_targets
+from .loss import beta_binomial_losses, class_weighted, step_losses, step_targets
 from .metrics import step_metrics
 from .model_card import model_card, public_name
 from .modeling import (
     add_marker,
+    base_of,
+    check_classifier,
+    decoder_name,
     fill_peft_config,
     freeze_vision_encoder,
+    good_minus_bad,
     is_vision_language,
     load_model,
     load_processing_class,
+    marker_logits,
     pinned,
-    step_logits,
 )
 from .rendering import ProcessingClass, check_prompt, row_name, special_tokens, tokenizer_of
+from .sampling import PromptGroupSampler, WithLength, prompt_groups
+from .shared_prefix import can_share_prefix, run_prefix
 
 
 logger = logging.getLogger(__name__)
+
+# What a batch holds beside the features of the model.
+NO_FEATURES = ("labels", "overlong", "mc_total", "row_weights")
 
 
 class ProcessRewardTrainer(Trainer):
@@ -116,23 +126,37 @@ class ProcessRewardTrainer(Trainer):
         if isinstance(model, str):
             if quantization_config is not None and peft_config is None:
                 raise ValueError("quantised weights cannot be trained: give a `peft_config` with the quantisation")
-            model = load_model(model, quantization_config, **init_kwargs)
+            model = load_model(model, quantization_config, args.reward_head, **init_kwargs)
         elif quantization_config is not None:
             raise ValueError("`quantization_config` needs the model as a string; this one is loaded already")
         if processing_class is None:
             processor_kwargs = {**pinned(init_kwargs), **(args.processor_kwargs or {})}
             processing_class = load_processing_class(model_id, is_vision_language(model.config), **processor_kwargs)
         self.step_format = args.step_format
-        add_marker(model, processing_class, self.step_format)
+        if args.reward_head == "classification":
+            check_classifier(model)
+        else:
+            add_marker(model, processing_class, self.step_format)
         self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_prompts(dataset, special_tokens(tokenizer_of(processing_class)), name)
             if isinstance(dataset, IterableDataset):  # dispatching would cut a batch of pictures by rows
                 args.accelerator_config.dispatch_batches = False
-        if args.freeze_vision_encoder and is_vision_language(model.config):
-            freeze_vision_encoder(model)
+        if is_vision_language(model.config):
+            encode_distinct_images(model)
+            if args.freeze_vision_encoder:
+                freeze_vision_encoder(model)
+        if args.share_prefix and not can_share_prefix(model):
+            raise ValueError(f"share_prefix: {type(model).__name__} keeps more of its past than keys and values")
+        if args.share_prefix and isinstance(train_dataset, Dataset):
+            self.prompt_groups = prompt_groups(train_dataset)
+        if args.train_sampling_strategy == "group_by_length":
+            count = WithLength(processing_class, self.step_format, args.length_column_name)
+            train_dataset, eval_dataset = (
+                _map(dataset, count, desc="Counting tokens") for dataset in (train_dataset, eval_dataset)
+            )
         if peft_config is not None:
-            peft_config = fill_peft_config(peft_config, model, self.step_ids.marker[0])
+            peft_config = fill_peft_config(peft_config, model, self.step_ids.marker[0], args.reward_head)
             model = get_peft_model(model, peft_config, revision=init_kwargs.get("revision"))
             # Where the marker made the vocabulary longer, PEFT would save the whole embedding, frozen as it is.
             model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
@@ -145,7 +169,16 @@ class ProcessRewardTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or DataCollatorForProcessReward(processing_class, self.step_format),
+            data_collator=data_collator
+            or DataCollatorForProcessReward(
+                processing_class,
+                self.step_format,
+                max_length=args.max_length,
+                overlong=args.overlong,
+                share_prefix=args.share_prefix,
+                counts=args.loss_type == "beta_binomial",
+                source_weights=args.source_weights,
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -156,6 +189,9 @@ class ProcessRewardTrainer(Trainer):
         # Makes Trainer count the labelled steps of the accumulated batch over all processes.
         self.model_accepts_loss_kwargs = True
         self.model.add_model_tags(self._tag_names)
+        self.overlong = torch.zeros(3, dtype=torch.long)
+        if self.is_world_process_zero():
+            print(describe_model(self.model, args.optim))
 
     def compute_loss(
         self,
@@ -164,24 +200,57 @@ class ProcessRewardTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        logits, labels, _ = self._step_logits(model, inputs)
-        loss = step_loss(logits, step_targets(labels, self.args.loss_type, self.args.hard_threshold))
+        if "overlong" in inputs:
+            self.overlong += inputs["overlong"].cpu()
+        logits, labels, counts = self._marker_logits(model, inputs)
+        loss = self._step_losses(logits, labels, counts, inputs).sum()
         if num_items_in_batch is None:
-            loss = loss / len(labels)
+            loss = loss / max(1, len(labels))
         else:
             # Gradients are averaged over processes, the count is their sum.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss / num_items_in_batch * processes
-        return (loss, logits) if return_outputs else loss
+        return (loss, good_minus_bad(logits)) if return_outputs else loss
 
-    def _step_logits(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+    def _marker_logits(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits `(steps,)` and labels `(steps,)` of the labelled steps, and their mask `(rows, tokens)`."""
-        markers = inputs["labels"] != IGNORE_INDEX
-        features = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = step_logits(model, features, markers, self.step_ids.good, self.step_ids.bad)
-        return logits, inputs["labels"][markers], markers
+        """Logits `(steps, tokens read)` and labels `(steps,)` of the labelled steps, and how many a row has `(rows,)`."""
+        measured = inputs["labels"] != IGNORE_INDEX
+        if "groups" in inputs:
+            parts = [inputs["plain"]] if "plain" in inputs else []
+            logits = [self._forward(model, part, part["labels"] != IGNORE_INDEX) for part in parts]
+            for group in inputs["groups"]:
+                prefix = run_prefix(model, group["prefix"])
+                continuation = {"input_ids": group["input_ids"], "past_key_values": prefix}
+                logits.append(self._forward(model, continuation, group["markers"]))
+            logits = torch.cat(logits)
+        else:
+            logits = self._forward(model, inputs, measured)
+        return logits, inputs["labels"][measured], measured.sum(1)
+
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, Any], markers: torch.Tensor) -> torch.Tensor:
+        features = {name: value for name, value in inputs.items() if name not in NO_FEATURES}
+        if self.args.reward_head == "classification":
+            return model(**features).logits[markers][:, [self.step_ids.good, self.step_ids.bad]].float()
+        token_ids = [self.step_ids.good, self.step_ids.bad, *self.step_ids.marker]
+        return marker_logits(model, features, markers, token_ids)
+
+    def _step_losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        targets = step_targets(labels, self.args.loss_type, self.args.hard_threshold)
+        if self.args.loss_type == "beta_binomial":
+            totals = inputs["mc_total"].repeat_interleave(counts)
+            penalty = self.args.concentration_penalty
+            losses = beta_binomial_losses(good_minus_bad(logits), logits[:, 2], labels, totals, penalty)
+        else:
+            losses = step_losses(good_minus_bad(logits), targets)
+        if self.args.class_weights is not None:
+            losses = class_weighted(losses, targets, *self.args.class_weights)
+        if "row_weights" in inputs:
+            losses = losses * inputs["row_weights"].repeat_interleave(counts)
+        return losses
 
     def prediction_step(
         self,
@@ -189,29 +258,29 @@ class ProcessRewardTrainer(Trainer):
         inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+    ) -> tuple[None, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """
-        Logits and labels of the steps, padded with -100 to `(rows, most steps)`.
+        Logits and losses, and labels of the steps, padded with -100 to `(rows, most steps)`.
 
         No loss is returned: Trainer would average it over batches. [`compute_step_metrics`] has the exact step mean.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits, labels, markers = self._step_logits(model, inputs)
-        counts = markers.sum(1)
+            logits, labels, counts = self._marker_logits(model, inputs)
+            losses = self._step_losses(logits, labels, counts, inputs)
         filled = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-        padded = [torch.full(filled.shape, float(IGNORE_INDEX), device=counts.device) for _ in range(2)]
-        padded[0][filled], padded[1][filled] = logits, labels.float()
-        return None, padded[0], padded[1]
+        padded = [torch.full(filled.shape, float(IGNORE_INDEX), device=counts.device) for _ in range(3)]
+        for target, values in zip(padded, (good_minus_bad(logits), losses, labels.float()), strict=True):
+            target[filled] = values
+        return None, (padded[0], padded[1]), padded[2]
 
     def compute_step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Loss and step metrics (threshold 0.5) of an evaluation; one solution a row, the hard label as truth."""
-        logits, labels = prediction.predictions, prediction.label_ids
+        (logits, losses), labels = prediction.predictions, prediction.label_ids
         measured = labels != IGNORE_INDEX
-        targets = step_targets(torch.from_numpy(labels[measured]), self.args.loss_type, self.args.hard_threshold)
-        loss = (step_loss(torch.from_numpy(logits[measured]), targets) / len(targets)).item()
+        loss = float(losses[measured].astype(np.float64).mean())
         if self.compute_other_metrics is not None:
-            return {"loss": loss, **self.compute_other_metrics(prediction)}
+            return {"loss": loss, **self.compute_other_metrics(EvalPrediction(logits, labels))}
         truth = np.where(labels > self.args.hard_threshold, 1, -1)
         scores = torch.from_numpy(logits).double().sigmoid().numpy()
         metrics = step_metrics(
@@ -222,6 +291,20 @@ class ProcessRewardTrainer(Trainer):
         )
         reported = ("macro_f1_pooled", "auc", "first_error_accuracy")
         return {"loss": loss, **{name: metrics[name] for name in reported if metrics[name] is not None}}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.args.max_length is not None:
+            counts = self.accelerator.gather(self.overlong.to(self.args.device)).view(-1, 3).sum(0).tolist()
+            names = ("overlong_rows", "overlong_steps", "overlong_labelled_steps")
+            logs = {**logs, **dict(zip(names, counts, strict=True))}
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.share_prefix and self.prompt_groups is not None:
+            return PromptGroupSampler(self.prompt_groups, self.args.data_seed or self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    prompt_groups: list[list[int]] | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -390,6 +473,38 @@ def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name
         except ValueError as error:
             where = row_name(row, index).removesuffix(" of the batch")
             raise ValueError(f"{name}, {where} ({len(hits)} rows in all): {error}") from error
+
+
+def _map(dataset: Any, function: Callable, **kwargs: Any) -> Any:
+    """Map a dataset, or each of a `dict` of them; None and streams stay as they are."""
+    if isinstance(dataset, dict):
+        return {name: _map(value, function, **kwargs) for name, value in dataset.items()}
+    return dataset.map(function, **kwargs) if isinstance(dataset, Dataset) else dataset
+
+
+def describe_model(model: PreTrainedModel | PeftModel, optim: str) -> str:
+    """
+    What is trained, what is in 4 bit, and the memory for weights, gradients and optimizer states, in three lines.
+    """
+    stored = trained = four_bit = weights = gradients = states = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit"
+        count, size = parameter.numel() * (2 if packed else 1), parameter.numel() * parameter.element_size()
+        stored += count
+        weights += size
+        four_bit += packed * count
+        if parameter.requires_grad:
+            trained += count
+            gradients += size
+            states += 2 * (count if "8bit" in optim else size)
+    total = weights + gradients + states
+    quantised = f"{four_bit:,}, the linear layers of {decoder_name(base_of(model))}" if four_bit else "none"
+    return (
+        f"trained parameters: {trained:,} of {stored:,} ({trained / stored:.2%})\n"
+        f"in 4 bit: {quantised}\n"
+        f"memory: {total / 1e9:.2f} GB (weights {weights / 1e9:.2f}, gradients {gradients / 1e9:.2f}, "
+        f"optimizer states {states / 1e9:.2f}), activations not counted"
+    )
 
 
 def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""Nothing is computed twice: counted, not timed. And what is saved changes no loss and no gradient."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_rows, picture
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import BUILDERS
+from torch.utils.flop_counter import FlopCounterMode
+
+from trl_mprm import DataCollatorForProcessReward, ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
+from trl_mprm.collator import IGNORE_INDEX
+from trl_mprm.sampling import PromptGroupSampler, prompt_groups
+
+
+TEXT_MODELS = ("qwen2", "llama")
+
+
+def rollouts(architecture: str, n: int = 8) -> list[dict]:
+    """Three questions, two of them with pictures; some steps without label; solutions of one to four steps."""
+    images = [] if architecture in TEXT_MODELS else [picture("red"), picture("blue", (84, 28))]
+    rows = []
+    for index in range(n):
+        labels = [float((index + number) % 2) if number != 1 else -100.0 for number in range(1 + index % 4)]
+        steps = [f"step {number} of {index}" for number in range(len(labels))]
+        prompt = f"How many tiles, question {index % 3}?"
+        row = {"images": images if index % 3 else [], "prompt": prompt, "completions": steps, "labels": labels}
+        rows.append({**row, "rollout_id": f"r:{index}", "source": "ab"[index % 2]})
+    return rows
+
+
+def make_trainer(tiny_folders, architecture, tmp_path, rows, peft_config=None, quantization_config=None, **kwargs):
+    settings = {"per_device_train_batch_size": 8, "report_to": [], "use_cpu": True, "logging_steps": 1, **kwargs}
+    args = ProcessRewardConfig(str(tmp_path), **settings)
+    return ProcessRewardTrainer(
+        tiny_folders[architecture], args, train_dataset=Dataset.from_list(rows), peft_config=peft_config
+    )
+
+
+def gradients(trainer, rows, checkpointing=False):
+    """Loss, gradients, and how often the first decoder layer ran."""
+    model = trainer.model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    passes = []
+    layer = model.get_decoder().layers[0].self_attn
+    hook = layer.register_forward_hook(lambda *_: passes.append(1))
+    loss = trainer.compute_loss(model, trainer.data_collator(rows), num_items_in_batch=torch.tensor(10))
+    loss.backward()
+    hook.remove()
+    flat = torch.cat(
+        [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()]
+    ).double()
+    return loss.item(), flat, len(passes)
+
+
+@pytest.mark.parametrize("architecture", [*BUILDERS, *TEXT_MODELS])
+def test_shared_prefix_changes_no_loss_and_no_gradient(architecture, tiny_folders, tmp_path):
+    rows = rollouts(architecture)
+    settings = {"freeze_vision_encoder": False}
+    plain = gradients(make_trainer(tiny_folders, architecture, tmp_path, rows, **settings), rows)
+    shared = make_trainer(tiny_folders, architecture, tmp_path, rows, share_prefix=True, **settings)
+    loss, gradient, passes = gradients(shared, rows)
+    assert abs(loss - plain[0]) < 1e-5 and gradient.norm() > 0
+    assert torch.nn.functional.cosine_similarity(gradient, plain[1], dim=0) >= 0.999999
+    torch.testing.assert_close(gradient, plain[1], atol=1e-5, rtol=1e-4)
+    assert passes == 2 * 3  # a prefix and its solutions, three questions
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "gemma3", "llama"])
+def test_shared_prefix_under_activation_checkpointing(architecture, tiny_folders, tmp_path):
+    rows = rollouts(architecture)
+    plain = gradients(make_trainer(tiny_folders, architecture, tmp_path, rows), rows)
+    shared = make_trainer(tiny_folders, architecture, tmp_path, rows, share_prefix=True)
+    loss, gradient, passes = gradients(shared, rows, checkpointing=True)
+    assert abs(loss - plain[0]) < 1e-5
+    assert torch.nn.functional.cosine_similarity(gradient, plain[1], dim=0) >= 0.999999
+    assert passes == 2 * 2 * 3  # every layer runs again for the backward pass: it was checkpointed
+
+
+def test_shared_prefix_of_an_adapter(tiny_folders, tmp_path):
+    rows, peft_config = rollouts("qwen2_5_vl"), LoraConfig(r=4, init_lora_weights=False)
+    plain = gradients(make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rows, peft_config), rows)
+    shared = gradients(make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rows, peft_config, share_prefix=True), rows)
+    assert abs(shared[0] - plain[0]) < 1e-5
+    assert torch.nn.functional.cosine_similarity(shared[1], plain[1], dim=0) >= 0.999999
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_flops_of_training_are_within_five_percent_of_the_ideal(n, tiny_folders, tmp_path):
+    """Forward and backward, of rollouts of one question."""
+    rows = [
+        {"prompt": "How many? " * 16, "completions": [f"{index:02d} of it" * 3] * 3, "labels": [1.0, 0.0, 1.0]}
+        for index in range(n)
+    ]
+    flops = {}
+    for share_prefix in (False, True):
+        trainer = make_trainer(tiny_folders, "qwen2", tmp_path, rows, share_prefix=share_prefix)
+        batch = trainer.data_collator(rows)
+        if share_prefix:
+            (group,) = batch["groups"]
+            prefix, answer = group["prefix"]["input_ids"].shape[1], group["input_ids"].shape[1]
+        with FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(trainer.model.train(), batch).backward()
+        flops[share_prefix] = counter.get_total_flops()
+    ideal = (prefix + n * answer) / (n * (prefix + answer))
+    assert flops[True] / flops[False] <= 1.05 * ideal
+
+
+def test_lm_head_sees_the_labelled_steps_of_a_shared_batch_only(tiny_folders, tmp_path):
+    rows = rollouts("qwen2_5_vl")
+    trainer = make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rows, share_prefix=True)
+    seen = []
+    hook = trainer.model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    hook.remove()
+    assert sum(seen) == sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+
+
+@pytest.mark.parametrize("architecture", BUILDERS)
+def test_a_picture_is_encoded_once_a_batch(architecture, tiny_folders, tmp_path):
+    """Five rows show a red, two of them a blue picture too: the encoder gets two."""
+    rows = make_rows(images=True, n=8)
+    n_images = sum(len(row["images"]) for row in rows)
+    assert n_images > 2 == len({image.tobytes() for row in rows for image in row["images"]})
+    folder = tiny_folders[architecture]
+    trainer = make_trainer(tiny_folders, architecture, tmp_path, rows)
+    encoder, pixels = trainer.model.get_encoder("image"), []
+    first = next(module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d))
+    hook = first.register_forward_hook(lambda _, args, out: pixels.append(len(args[0])))
+    trainer.data_collator.share_prefix = False
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    distinct = [{**rows[0], "images": [picture("red"), picture("blue", (56, 28))], "labels": [1.0]}]
+    in_batch = sum(pixels)
+    pixels.clear()
+    trainer.compute_loss(trainer.model, trainer.data_collator(distinct))
+    hook.remove()
+    if architecture in ("idefics3", "llava_onevision"):  # one batch of tiles, padded to the most tiles of a row
+        assert in_batch < n_images * sum(pixels) / 2
+    else:
+        assert in_batch == sum(pixels)
+    # The plain path of transformers, each picture encoded anew.
+    twin = make_trainer({architecture: folder}, architecture, tmp_path, rows)
+    del twin.model.get_encoder("image").forward
+    torch.testing.assert_close(twin.compute_loss(twin.model, twin.data_collator(rows)), loss, atol=1e-6, rtol=1e-6)
+
+
+def test_rows_of_equal_length_are_padded_by_less_than_three_percent(tiny_folders, tmp_path):
+    rows = [
+        {"prompt": "q" * (1 + index * 7 % 90), "completions": ["a" * (1 + index * 13 % 50)] * (1 + index % 4)}
+        for index in range(2000)
+    ]
+    rows = [row | {"labels": [1.0] * len(row["completions"])} for row in rows]
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        trainer = make_trainer(tiny_folders, "qwen2", tmp_path, rows, train_sampling_strategy=strategy)
+        order = list(trainer._get_train_sampler())
+        assert sorted(order) == list(range(2000))
+        masks = [
+            trainer.data_collator([rows[index] for index in order[at : at + 8]])["attention_mask"]
+            for at in range(0, 2000, 8)
+        ]
+        padding[strategy] = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+    assert padding["group_by_length"] <= 0.03 < 0.3 < padding["random"]
+
+
+def test_rows_of_a_question_are_drawn_together(tiny_folders, tmp_path):
+    rows = rollouts("qwen2_5_vl", n=12)
+    dataset = Dataset.from_list(rows)
+    groups = prompt_groups(dataset)
+    assert groups == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    sampler = PromptGroupSampler(groups, seed=0)
+    orders = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(12)) and len(sampler) == 12
+        assert [order[at : at + 4] in groups for at in (0, 4, 8)] == [True] * 3
+        orders.append(tuple(order))
+    assert len(set(orders)) > 1
+    trainer = make_trainer(
+        tiny_folders, "qwen2_5_vl", tmp_path, rows, share_prefix=True, per_device_train_batch_size=4
+    )
+    batches = list(trainer.get_train_dataloader())
+    assert [len(batch["groups"]) for batch in batches] == [1, 1, 1] and not any("plain" in batch for batch in batches)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_trains_with_every_loss(share_prefix, tiny_folders, tmp_path):
+    """Whole runs, whose exact evaluation loss is that of the plain path."""
+    rows = [
+        row | {"labels": [0.25, 1.0, 0.0, 0.5][: len(row["labels"])], "mc_counts": [4, 16, 0, 8][: len(row["labels"])]}
+        for row in rollouts("qwen2_5_vl")
+    ]
+    rows = [row | {"mc_total": 16} for row in rows]
+    for loss_type in ("hard", "soft", "beta_binomial"):
+        trainer = make_trainer(
+            tiny_folders,
+            "qwen2_5_vl",
+            tmp_path / loss_type,
+            rows,
+            share_prefix=share_prefix,
+            loss_type=loss_type,
+            class_weights=[1.0, 2.0],
+            source_weights={"b": 0.5},
+            max_steps=6,
+            learning_rate=3e-3,
+            per_device_eval_batch_size=3,
+        )
+        start = trainer.evaluate(Dataset.from_list(rows))["eval_loss"]
+        twin = copy.copy(trainer)
+        twin.data_collator = copy.copy(trainer.data_collator)
+        twin.data_collator.share_prefix = False
+        assert twin.evaluate(Dataset.from_list(rows))["eval_loss"] == pytest.approx(start, abs=1e-6)
+        trainer.train()
+        assert trainer.evaluate(Dataset.from_list(rows))["eval_loss"] < start
+        trainer.save_model()
+        prm = ProcessRewardModel.from_pretrained(tmp_path / loss_type)
+        if loss_type == "beta_binomial":
+            concentrations = prm.concentrations(rows)
+            assert [len(row) for row in concentrations] == [len(row["labels"]) for row in rows]
+            assert all(value > 0 for row in concentrations for value in row)
+        else:
+            with pytest.raises(ValueError, match=f'trained with loss_type="{loss_type}"'):
+                prm.concentrations(rows)
+
+
+def test_weights_scale_the_loss_by_hand(tiny_folders, tmp_path):
+    rows = rollouts("qwen2")
+    plain = make_trainer(tiny_folders, "qwen2", tmp_path, rows)
+    batch = plain.data_collator(rows)
+    logits, labels, counts = plain._marker_logits(plain.model, batch)
+    losses = torch.nn.functional.softplus(torch.where(labels > 0, -1, 1) * (logits[:, 0] - logits[:, 1]))
+    source = torch.tensor([row["source"] == "b" for row in rows]).repeat_interleave(counts)
+    expected = (losses * torch.where(labels > 0, 0.5, 3.0) * torch.where(source, 4.0, 1.0)).sum() / len(labels)
+    weighted = make_trainer(tiny_folders, "qwen2", tmp_path, rows, class_weights=[0.5, 3.0], source_weights={"b": 4.0})
+    torch.testing.assert_close(weighted.compute_loss(weighted.model, weighted.data_collator(rows)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mc_counts": None}, r'row r:0: loss_type="beta_binomial" needs `mc_counts`, one a step.*got None'),
+        ({"mc_counts": [17]}, "row r:0: count of step 0 is 17, expected 0 to 16"),
+        ({"mc_total": 0}, "row r:0.*`mc_total` above 0, got .* and 0"),
+    ],
+)
+def test_bad_counts(change, message, tiny_folders):
+    collator = DataCollatorForProcessReward(None, counts=True)
+    row = rollouts("qwen2")[0] | {"mc_counts": [4], "mc_total": 16} | change
+    with pytest.raises(ValueError, match=message):
+        collator([row])
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_overlong_rows(share_prefix, tiny_folders, tmp_path, caplog):
+    rows = rollouts("qwen2_5_vl", n=8)
+    trainer = make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rows, share_prefix=share_prefix)
+    collator = trainer.data_collator
+    whole = collator(rows[:1] + rows[3:4])
+    lengths = [len(collator([row])["input_ids"][0]) if not share_prefix else None for row in rows]
+    if share_prefix:
+        collator.share_prefix = False
+        lengths = [len(collator([row])["input_ids"][0]) for row in rows]
+        collator.share_prefix = True
+    assert "overlong" not in whole
+    limit = sorted(lengths)[4]
+    too_long = [index for index, length in enumerate(lengths) if length > limit]
+    assert len(too_long) >= 2
+    collator.max_length = limit
+    with pytest.raises(ValueError, match=rf"row r:\d has \d+ tokens, more than max_length {limit}: raise max_length"):
+        collator(rows)
+
+    collator.overlong = "drop_row"
+    batch = collator(rows)
+    steps = sum(len(rows[index]["labels"]) for index in too_long)
+    labelled = sum(label != IGNORE_INDEX for index in too_long for label in rows[index]["labels"])
+    assert batch["overlong"].tolist() == [len(too_long), steps, labelled]
+    assert (batch["labels"] != IGNORE_INDEX).sum() + labelled == sum(
+        label != IGNORE_INDEX for row in rows for label in row["labels"]
+    )
+
+    collator.overlong = "drop_steps"
+    caplog.clear()
+    batch = collator(rows)
+    dropped_rows, dropped_steps, dropped_labels = batch["overlong"].tolist()
+    assert dropped_rows < len(too_long) and dropped_steps < steps and dropped_labels < labelled
+    assert len([record for record in caplog.records if "labelled steps dropped" in record.message]) == len(too_long)
+    if not share_prefix:
+        assert batch["input_ids"].shape[1] <= limit
+        # Images are whole: as many image tokens as their tensors hold.
+        image_token = trainer.model.config.image_token_id
+        assert (batch["input_ids"] == image_token).sum() == batch["image_grid_thw"].prod(-1).sum() // 4
+
+    collator.max_length = 3  # nothing fits: the batch teaches nothing, and the run goes on
+    batch = collator(rows)
+    assert batch["overlong"].tolist()[0] == len(rows) and (batch["labels"] == IGNORE_INDEX).all()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(5))
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_overlong_steps_are_counted_in_the_logs(tiny_folders, tmp_path):
+    rows = rollouts("qwen2", n=8)
+    trainer = make_trainer(
+        tiny_folders, "qwen2", tmp_path, rows, max_length=70, overlong="drop_steps", num_train_epochs=1
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "overlong_rows" in entry]
+    expected = trainer.data_collator(rows)["overlong"].tolist()
+    assert expected[1] > 0
+    names = ("overlong_rows", "overlong_steps", "overlong_labelled_steps")
+    assert [logged[-1][name] for name in names] == expected
+
+
+def test_start_tells_what_is_trained(tiny_folders, tmp_path, capsys):
+    make_trainer(tiny_folders, "qwen2", tmp_path, rollouts("qwen2"), peft_config=LoraConfig(r=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("trained parameters: ") and " of " in lines[0] and lines[0].endswith("%)")
+    assert lines[1] == "in 4 bit: none"
+    assert lines[2].startswith("memory: ") and lines[2].endswith("activations not counted")
