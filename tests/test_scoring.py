@@ -280,3 +280,21 @@ def test_reward_function_trains_a_policy_with_grpo(tiny_folders, tmp_path):
     assert len(logged) == 2 and all(0 < entry["rewards/process_reward/mean"] < 1 for entry in logged)
     assert any(entry["rewards/process_reward/std"] > 0 for entry in logged)
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_an_adapter_for_another_base(tiny_folders, tmp_path):
+    prm = load(tiny_folders, "qwen2_5_vl")
+    adapter = get_peft_model(prm.model, LoraConfig(target_modules=["q_proj"]))
+    ProcessRewardModel(adapter, prm.processing_class).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter of a Qwen2_5_VLForCond.*is a InternVLForCond.*: name the base"):
+        ProcessRewardModel.from_pretrained(tmp_path / "adapter", base_model=tiny_folders["internvl"])
+    small = load(tiny_folders, "qwen2_5_vl").model.config
+    small.text_config.num_key_value_heads = small.text_config.num_attention_heads = 1
+    small.text_config.head_dim = None
+    model = type(prm.model.get_base_model() if hasattr(prm.model, "get_base_model") else prm.model)
+    small.text_config.rope_parameters["mrope_section"] = [8, 12, 12]
+    small.text_config.hidden_size, small.vision_config.out_hidden_size = 32, 32
+    small.text_config.rope_parameters["mrope_section"] = [4, 6, 6]
+    model._from_config(small).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="of another size: name the base"):
+        ProcessRewardModel.from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "small"))

@@ -22,19 +22,23 @@ _NAMES = {
     "StepFormat": "step_format",
     "step_metrics": "metrics",
     "evaluate_model": "evaluation",
-    "read_benchmark": "evaluation",
+    "read_benchmark": "benchmarks",
+    "load_benchmark": "benchmarks",
+    "split_steps": "splitting",
 }
 __all__ = list(_NAMES)
 
 if TYPE_CHECKING:
+    from .benchmarks import load_benchmark, read_benchmark
     from .bis import add_bis
     from .collator import DataCollatorForProcessReward
     from .config import ProcessRewardConfig
-    from .evaluation import evaluate_model, read_benchmark
+    from .evaluation import evaluate_model
     from .metrics import step_metrics
     from .rollouts import load_rollouts
     from .scoring import ProcessRewardModel
     from .selection import select, top_fraction
+    from .splitting import split_steps
     from .step_format import StepFormat
     from .trainer import ProcessRewardTrainer
 

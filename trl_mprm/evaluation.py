@@ -1,116 +1,70 @@
 """
-Score a benchmark of labelled steps with a model, keep every score, and measure.
+Score a benchmark with a model, keep every score, and measure.
 
-A line of the benchmark, in VisualProcessBench's format (labels 1 correct, 0 neutral, -1 incorrect):
-
-    {"image": ["images/12.png"], "question": "How many tiles are red?", "data_source": "DynaMath",
-     "response": {"steps": ["A and C are red.", "So 3."], "process_correctness": [1, -1]}, "policy_model": "GPT-4o"}
-
-becomes an item that [`ProcessRewardModel.score_batch`] reads:
+An item of [`read_benchmark`] goes in:
 
     {"id": "DynaMath:0", "images": ["/data/images/12.png"], "prompt": "How many tiles are red?",
      "completions": ["A and C are red.", "So 3."], "labels": [1, -1], "source": "DynaMath", "group": "5f0c...",
      "policy_model": "GPT-4o"}
+
+and a line of `scores.jsonl` comes out, from which every measure can be computed again without a model:
+
+    {"id": "DynaMath:0", "source": "DynaMath", "group": "5f0c...", "policy_model": "GPT-4o", "labels": [1, -1],
+     "scores": [0.97, 0.08]}
+
+An item that cannot be scored has `"scores": null` and its `error`.
 """
 
 import hashlib
 import json
 import os
-import re
 import warnings
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from .benchmarks import BENCHMARKS, Benchmark, read_benchmark
 from .files import atomic_output, write_json
-from .images import ImageFinder, ImageRefused
-from .metrics import step_metrics
+from .metrics import best_of_n_metrics, paired_bootstrap, prmbench_scores, step_metrics
+from .published_results import TABLES
 
 
 if TYPE_CHECKING:  # scores can be measured again without torch
     from .scoring import ProcessRewardModel
 
-KEPT_COLUMNS = ("id", "source", "group", "policy_model", "labels")
+KEPT_COLUMNS = ("id", "source", "group", "policy_model", "labels", "correct")
 OVERALL_ROWS = {
     "macro_f1_step_weighted": "overall, step-weighted (the paper)",
     "macro_f1_pooled": "overall, pooled (VisualPRM)",
     "macro_f1_source_mean": "overall, mean of sources",
 }
-# <image>, <image1>, <image 1>: images come before the question here, and "<image>" is an image token of some models.
-IMAGE_TAG = re.compile(r"<image ?\d*>\s*")
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Items to score, and the lines that cannot be: `{"line", "reason", "detail"}` each, `line` counting from 1."""
-
-    path: str
-    items: list[dict[str, Any]]
-    refused: list[dict[str, Any]]
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """What was read and refused, for `results.json`."""
-        reasons = dict(sorted(Counter(refusal["reason"] for refusal in self.refused).items()))
-        read = len(self.items) + len(self.refused)
-        return {"path": self.path, "read": read, "refused": reasons, "refused_lines": self.refused}
-
-
-class _Refused(Exception):
-    """A line that cannot be used: reason, detail."""
-
-
-def read_benchmark(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> Benchmark:
-    """
-    Read a benchmark in VisualProcessBench's format, checking every line and every image.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            A JSONL file, or a folder with `test.jsonl`.
-        image_root (`str` or `os.PathLike`, *optional*):
-            Folder that image paths are relative to and must stay in. Default: the folder of the file.
-
-    Returns:
-        [`Benchmark`]. Refused lines have one of these reasons: `not_json`, `bad_field` (a key is missing or of another
-        type), `text_not_unicode`, `empty_steps`, `step_without_text`, `labels_not_one_a_step`, `bad_label`, or
-        one of `image_not_a_path`, `image_missing`, `image_outside_root`, `image_unreadable`.
-        `group` is the same for solutions of one question: a hash of the question and the bytes of its images.
-
-    Raises:
-        `FileNotFoundError`: no such file. `ValueError`: no usable line.
-    """
-    file = Path(path)
-    file = file / "test.jsonl" if file.is_dir() else file
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file}: no such file; expected a JSONL file or a folder with test.jsonl "
-            "(download a Hub dataset first: hf download --repo-type dataset --local-dir FOLDER ID)"
-        )
-    finder = ImageFinder(image_root if image_root is not None else file.parent)
-    items, refused = [], []
-    lines = file.read_bytes().splitlines()
-    for index, line in enumerate(tqdm(lines, desc=f"reading {file.name}", unit="item", delay=2)):
-        if not line.strip():
-            continue
-        try:
-            items.append(_item(line, index, finder))
-        except _Refused as refusal:
-            reason, detail = refusal.args
-            refused.append({"line": index + 1, "reason": reason, "detail": detail})
-    if not items:
-        first = "it is empty" if not refused else "line {line}: {reason}, {detail}".format(**refused[0])
-        raise ValueError(f"{file} has no usable line ({first}); expected VisualProcessBench's format")
-    benchmark = Benchmark(str(file), items, refused)
-    if refused:
-        counts = ", ".join(f"{count} {reason}" for reason, count in benchmark.report["refused"].items())
-        first = "line {line}: {detail}".format(**refused[0])
-        warnings.warn(f"{file}: {len(refused)} lines refused ({counts}); first, {first}", stacklevel=2)
-    return benchmark
+MEASURE_ROWS = {
+    "auc": "AUC",
+    "average_precision_correct": "average precision, correct steps",
+    "average_precision_incorrect": "average precision, incorrect steps",
+    "brier": "Brier score (lower is better)",
+    "calibration_error": "calibration error, 15 bins (lower is better)",
+    "first_error_accuracy": "first-error accuracy",
+    "processbench_f1": "ProcessBench F1, all solutions together",
+    "processbench_f1_source_mean": "ProcessBench F1, mean of sources",
+}
+BEST_OF_N_ROWS = {
+    "accuracy_mean": "best of N by mean",
+    "accuracy_min": "best of N by min",
+    "accuracy_product": "best of N by product",
+    "accuracy_last": "best of N by last step",
+    "pass_at_1": "blind choice (pass@1)",
+    "pass_at_n": "perfect choice (pass@N)",
+}
+PROTOCOLS = {
+    "fixed": "set beforehand (`fixed`)",
+    "held_out": "tuned on other questions, five folds (`held_out`)",
+    "oracle": "tuned on the very items that are measured (`oracle`), which flatters",
+    None: "not stated by the source",
+}
+CHUNK_BATCHES = 4
 
 
 def evaluate_model(
@@ -123,13 +77,17 @@ def evaluate_model(
     """
     Score every item of a benchmark and measure the scores.
 
+    An interrupted run continues where it stopped when it is started again with the same model, items and batch size,
+    and then gives the same files to the byte. Under `accelerate launch` the items are shared between the processes,
+    all of which must call this.
+
     Args:
         model ([`ProcessRewardModel`]):
             Or any object with its `score_batch(rows, batch_size=...)`.
         benchmark ([`Benchmark`], `str` or `os.PathLike`):
             From [`read_benchmark`], or a path for it.
         threshold (`float` or `str`, *optional*, defaults to `"held_out"`):
-            See [`~metrics.step_metrics`].
+            See [`~metrics.step_metrics`]; best-of-N has none.
         batch_size (`int`, *optional*, defaults to `8`):
             Rows scored at once.
         output_dir (`str` or `os.PathLike`, *optional*):
@@ -137,49 +95,223 @@ def evaluate_model(
             `results.json` (what is returned).
 
     Returns:
-        `dict`: the metrics of [`~metrics.step_metrics`], and under `"benchmark"` what was read and refused.
+        `dict`: the metrics of [`~metrics.step_metrics`], or of [`~metrics.best_of_n_metrics`] for best-of-N, and under
+        `"benchmark"` what was read, refused and peculiar, and the items that `failed`, each with its error. PRMBench
+        adds its own scores under `"prmbench"`.
 
     Raises:
-        `ValueError`: the model returned another number of scores than there are steps, or see [`read_benchmark`] and
-        [`~metrics.step_metrics`].
+        `ValueError`: no item could be scored, or see [`read_benchmark`] and [`~metrics.step_metrics`].
     """
+    from accelerate import PartialState
+
     benchmark = benchmark if isinstance(benchmark, Benchmark) else read_benchmark(benchmark)
     items = benchmark.items
     # A dry run with scores of 0.5: what cannot be measured fails here, not after hours of scoring.
     _measure([{**item, "scores": [0.5] * len(item["labels"])} for item in items], threshold, n_resamples=0)
-    scores = model.score_batch(items, batch_size=batch_size)
-    if len(scores) != len(items):
-        raise ValueError(f"the model scored {len(scores)} rows, expected {len(items)}: one list of scores per row")
-    records = []
-    for item, row_scores in zip(items, scores, strict=True):
-        row_scores = [float(score) for score in row_scores]
-        if len(row_scores) != len(item["labels"]) or not all(0 <= score <= 1 for score in row_scores):
-            raise ValueError(
-                f"item {item['id']}: expected {len(item['labels'])} scores in [0, 1], one per step, got {row_scores}"
-            )
-        records.append({**{key: item[key] for key in KEPT_COLUMNS}, "scores": row_scores})
-    if output_dir is not None:
-        with atomic_output(Path(output_dir) / "scores.jsonl") as part:
-            part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    results = {**_measure(records, threshold), "benchmark": benchmark.report}
-    if output_dir is not None:
-        write_json(results, Path(output_dir) / "results.json")
-    return results
+    folder = None if output_dir is None else Path(output_dir)
+    records = score_items(model, items, batch_size, folder)
+    failed = [{"id": record["id"], "error": record["error"]} for record in records if record["scores"] is None]
+    state = PartialState()
+    if state.is_main_process:
+        if failed:
+            first = "{id}: {error}".format(**failed[0])
+            if len(failed) == len(items):
+                raise ValueError(f"none of {len(items)} items could be scored; first, {first}")
+            warnings.warn(f"{len(failed)} of {len(items)} items could not be scored; first, {first}", stacklevel=2)
+        results = {**_measure(records, threshold), "benchmark": {**benchmark.report, "failed": failed}}
+        if benchmark.name == "prmbench":
+            results["prmbench"] = prmbench_scores(results)
+        if folder is not None:
+            with atomic_output(folder / "scores.jsonl") as part:
+                part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            write_json(results, folder / "results.json")
+            for part in folder.glob(".scores.jsonl.*.part"):
+                part.unlink()
+    state.wait_for_everyone()
+    return results if state.is_main_process else json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def score_items(
+    model: "ProcessRewardModel", items: Sequence[dict[str, Any]], batch_size: int = 8, folder: Path | None = None
+) -> list[dict[str, Any]]:
+    """
+    Score items chunk by chunk; with a `folder` the scores outlive the process, and processes share the work.
+
+    A chunk holds whole questions, at least four batches. Its records are appended to
+    `.scores.jsonl.{fingerprint}.{process}.part` in one write, and a chunk that is not there to its last record is
+    scored anew. Chunks are the same whatever was interrupted and however many processes there are, and so are the
+    batches, hence the scores. The fingerprint covers weights, items and batch size. Several machines need one common
+    folder.
+
+    Returns:
+        `list[dict]`: a record for each item, in their order: id, source, group, policy model, labels, scores; `scores`
+        is `None` beside an `error` for an item that cannot be scored.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if folder is None and state.num_processes > 1:
+        raise ValueError(f"{state.num_processes} processes need a folder to bring their scores together: set --output")
+    done: dict[str, dict] = {}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = f".scores.jsonl.{_fingerprint(model, items, batch_size)}"
+        done = _read_parts(folder, parts)
+        own = folder / f"{parts}.{state.process_index}.part"
+        if own.is_file():  # a write that was cut short has no newline at its end
+            with open(own, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        state.wait_for_everyone()  # nobody writes before everybody has read
+    scored = {name for name, record in done.items() if record["scores"] is not None}  # what failed is tried again
+    chunks = [chunk for chunk in _chunks(items, batch_size) if not scored.issuperset(item["id"] for item in chunk)]
+    mine = chunks[state.process_index :: state.num_processes]
+    with tqdm(total=sum(map(len, mine)), desc="scoring", unit="item", delay=2, disable=state.process_index > 0) as bar:
+        for chunk in mine:
+            outcomes = _score_chunk(model, chunk, batch_size)
+            records = [_record(item, outcome) for item, outcome in zip(chunk, outcomes, strict=True)]
+            done |= {record["id"]: record for record in records}
+            if folder is not None:
+                with open(own, "ab") as file:
+                    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+            bar.update(len(chunk))
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        done = _read_parts(folder, parts)
+        state.wait_for_everyone()  # nobody tidies up before everybody has read
+    return [done[item["id"]] for item in items]
+
+
+def _chunks(items: Sequence[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Items of one question stay together, as their prefix is computed once."""
+    questions: dict[str, list[dict]] = {}
+    for item in items:
+        questions.setdefault(item["group"], []).append(item)
+    chunk: list[dict] = []
+    for question in questions.values():
+        chunk += question
+        if len(chunk) >= CHUNK_BATCHES * batch_size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _score_chunk(model: "ProcessRewardModel", chunk: list[dict], batch_size: int) -> list[list[float] | str]:
+    """Scores of each item, or its error: a chunk that cannot be scored is halved until the bad item stands alone."""
+    import torch
+
+    rows = [
+        {**{key: item[key] for key in ("images", "prompt", "completions")}, "rollout_id": item["id"]} for item in chunk
+    ]
+    try:
+        scores = model.score_batch(rows, batch_size=batch_size)
+    except (ValueError, OSError, SyntaxError, torch.OutOfMemoryError) as error:  # SyntaxError: Pillow's broken PNG
+        if len(chunk) == 1:
+            return [" ".join(str(error).split()) or type(error).__name__]
+        half = len(chunk) // 2
+        return [outcome for part in (chunk[:half], chunk[half:]) for outcome in _score_chunk(model, part, batch_size)]
+    if len(scores) != len(rows):
+        raise ValueError(f"the model scored {len(scores)} rows, expected {len(rows)}: one list of scores per row")
+    return [_checked([float(score) for score in own], item) for own, item in zip(scores, chunk, strict=True)]
+
+
+def _checked(scores: list[float], item: dict[str, Any]) -> list[float] | str:
+    if len(scores) == len(item["labels"]) and all(0 <= score <= 1 for score in scores):
+        return scores
+    return f"expected {len(item['labels'])} scores in [0, 1], one per step, got {scores}"
+
+
+def _record(item: dict[str, Any], outcome: list[float] | str) -> dict[str, Any]:
+    kept = {key: item[key] for key in KEPT_COLUMNS if key in item}
+    return {**kept, "scores": None, "error": outcome} if isinstance(outcome, str) else {**kept, "scores": outcome}
+
+
+def _read_parts(folder: Path, parts: str) -> dict[str, dict]:
+    records = {}
+    for file in folder.glob(f"{parts}.*.part"):
+        for line in file.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                record = json.loads(line)
+                if record["scores"] is not None or record["id"] not in records:
+                    records[record["id"]] = record
+    return records
+
+
+def _fingerprint(model: "ProcessRewardModel", items: Sequence[dict[str, Any]], batch_size: int) -> str:
+    """Hash of the first values of every weight, of the items (`group` stands for their images) and of the batch size."""
+    from .scoring import ProcessRewardModel
+
+    digest = hashlib.sha256(f"{type(model).__qualname__} {batch_size}".encode())
+    if isinstance(model, ProcessRewardModel):
+        digest.update(repr(model.step_format).encode())
+        for name, weight in model.model.state_dict().items():
+            first = [] if weight.is_meta else weight.flatten()[:8].float().cpu().tolist()
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first}".encode())
+    for item in items:
+        digest.update(json.dumps([item[key] for key in ("id", "group", "prompt", "completions", "labels")]).encode())
+    return digest.hexdigest()[:16]
 
 
 def recompute_metrics(scores_file: str | os.PathLike, threshold: float | str = "held_out") -> dict[str, Any]:
     """Measure a `scores.jsonl` of [`evaluate_model`] again, without a model, with any threshold."""
+    return _measure(read_scores(scores_file), threshold)
+
+
+def read_scores(scores_file: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read the records of a `scores.jsonl`. Raises `ValueError` with the line that is none."""
     if not Path(scores_file).is_file():
         raise FileNotFoundError(f"{scores_file}: no such file; expected a scores.jsonl written by `evaluate`")
     records = []
     for number, line in enumerate(Path(scores_file).read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            records.append({key: json.loads(line)[key] for key in ("labels", "scores", "source", "group")})
+            record = json.loads(line)
+            for key in ("labels", "scores", "source", "group"):
+                record[key]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{scores_file}, line {number}: expected a JSON object with labels, scores, source, group ({error!r})"
             ) from error
-    return _measure(records, threshold)
+        records.append(record)
+    return records
+
+
+def compare_models(
+    scores_file: str | os.PathLike, other_file: str | os.PathLike, threshold: float | str = "held_out"
+) -> dict[str, dict]:
+    """
+    Test whether two models differ on the items that both scored: [`~metrics.paired_bootstrap`] of two `scores.jsonl`.
+
+    Raises `ValueError` where an item has other labels in the other file, or no item is in both.
+    """
+    records = {record["id"]: record for record in read_scores(scores_file) if record["scores"] is not None}
+    pairs = []
+    for other in read_scores(other_file):
+        record = records.get(other["id"])
+        if record is not None and other["scores"] is not None:
+            if record["labels"] != other["labels"]:
+                raise ValueError(
+                    f"item {other['id']} has other labels in {other_file} than in {scores_file}: "
+                    "expected two models on one benchmark"
+                )
+            pairs.append((record["labels"], record["scores"], other["scores"], record["source"], record["group"]))
+    if not pairs:
+        raise ValueError(f"no item of {other_file} is in {scores_file}: expected two models on one benchmark")
+    return paired_bootstrap(*zip(*pairs, strict=True), threshold=threshold)
+
+
+def _measure(records: Sequence[dict[str, Any]], threshold: float | str, **kwargs: Any) -> dict[str, Any]:
+    """Measure what was scored; a question of best-of-N counts only with all of its candidates."""
+    failed = {record["group"] for record in records if record["scores"] is None}
+    if all("correct" in record for record in records):
+        records = [record for record in records if record["group"] not in failed]
+        columns = ([record[key] for record in records] for key in ("correct", "scores", "group", "source"))
+        return best_of_n_metrics(*columns, **kwargs)
+    records = [record for record in records if record["scores"] is not None]
+    columns = ([record[key] for record in records] for key in ("labels", "scores", "source", "group"))
+    return step_metrics(*columns, threshold=threshold, **kwargs)
+
+
+# ---- tables
 
 
 def table_rows(metrics: dict[str, Any]) -> list[list[str]]:
@@ -207,79 +339,190 @@ def table_rows(metrics: dict[str, Any]) -> list[list[str]]:
         f1 = [_percent(source[key]) for key in ("f1_correct", "f1_incorrect", "macro_f1")]
         rows.append([name, str(source["n_steps"]), *f1, "-", _percent(source["auc"])])
     for key, name in OVERALL_ROWS.items():
-        low_high = metrics["intervals"].get(key)
-        interval = " to ".join(map(_percent, low_high)) if low_high else "-"
         steps, auc = str(metrics["n_steps"]), _percent(metrics["auc"])
-        rows.append([name, steps, "-", "-", _percent(metrics[key]), interval, auc])
+        rows.append([name, steps, "-", "-", _percent(metrics[key]), _low_to_high(metrics, key), auc])
     return rows
+
+
+def measure_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """
+    Lay the measures that stand beside F1 out as a table of strings, in percent; for best-of-N its accuracies.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.evaluation import measure_rows
+    >>> from trl_mprm.metrics import best_of_n_metrics
+    >>> for row in measure_rows(best_of_n_metrics([True, False], [[0.9], [0.2]], ["q", "q"]))[:3]:
+    ...     print(" | ".join(row))
+    measure | value | 95% interval
+    best of N by mean | 100.00 | -
+    best of N by min | 100.00 | -
+
+    ```
+    """
+    names = BEST_OF_N_ROWS if "pass_at_n" in metrics else MEASURE_ROWS
+    rows = [["measure", "value", "95% interval"]]
+    return rows + [[name, _percent(metrics[key]), _low_to_high(metrics, key)] for key, name in names.items()]
+
+
+def comparison_rows(tests: dict[str, dict]) -> list[list[str]]:
+    """Lay a result of [`compare_models`] out as a table of strings, in percent."""
+    rows = [["measure", "this model", "other model", "difference", "95% interval", "p"]]
+    for key, name in (OVERALL_ROWS | MEASURE_ROWS).items():
+        if key in tests:
+            test = tests[key]
+            values = [_percent(test[column]) for column in ("first", "second", "difference")]
+            low_high = " to ".join(map(_percent, test["interval"])) if test["interval"] else "-"
+            rows.append([name, *values, low_high, f"{test['p_value']:.3f}"])
+    return rows
+
+
+def _low_to_high(metrics: dict[str, Any], key: str) -> str:
+    low_high = metrics["intervals"].get(key)
+    return " to ".join(map(_percent, low_high)) if low_high else "-"
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _measure(records: Sequence[dict[str, Any]], threshold: float | str, **kwargs: Any) -> dict[str, Any]:
-    columns = ([record[key] for record in records] for key in ("labels", "scores", "source", "group"))
-    return step_metrics(*columns, threshold=threshold, **kwargs)
+# ---- files
 
 
-@cache
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def write_report(
+    folder: str | os.PathLike, benchmark: Benchmark, model_name: str, compare: str | os.PathLike | None = None
+) -> list[Path]:
+    """
+    Write what people read of an evaluation, from the `results.json` and `scores.jsonl` in `folder`.
 
+    Args:
+        folder (`str` or `os.PathLike`):
+            Output folder of [`evaluate_model`].
+        benchmark ([`Benchmark`]):
+            What was evaluated.
+        model_name (`str`):
+            Name of the model, a Hub id or of a local folder its name.
+        compare (`str` or `os.PathLike`, *optional*):
+            `scores.jsonl` of another model; the result of [`compare_models`] joins the report and `results.json`.
 
-def _item(line: bytes, index: int, finder: ImageFinder) -> dict[str, Any]:
-    """Turn a line into an item, or raise `_Refused`."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise _Refused("not_json", str(error)) from error
-    if not isinstance(record, dict):
-        raise _Refused("not_json", f"expected an object, got {type(record).__name__}")
-    response = _field(record, "response", dict)
-    steps, labels = _field(response, "steps", list), _field(response, "process_correctness", list)
-    question, source = _field(record, "question", str), _field(record, "data_source", str)
-    images = _field(record, "image", str | list)
-    if not steps:
-        raise _Refused("empty_steps", "response.steps is empty")
-    for number, step in enumerate(steps):
-        if not isinstance(step, str) or not step.strip():
-            raise _Refused("step_without_text", f"step {number} is {step!r:.80}, expected text")
-        _check_unicode(f"step {number}", step)
-    if len(steps) != len(labels):
-        raise _Refused("labels_not_one_a_step", f"{len(steps)} steps, {len(labels)} labels")
-    for number, label in enumerate(labels):
-        if isinstance(label, bool) or label not in (1, 0, -1):
-            raise _Refused("bad_label", f"label {number} is {label!r:.80}, expected 1, 0 or -1")
-    try:
-        paths = [finder.find(image) for image in ([images] if isinstance(images, str) else images)]
-    except ImageRefused as refused:
-        raise _Refused(refused.reason, str(refused)) from refused
-    question = IMAGE_TAG.sub("", question).strip()
-    identity = json.dumps([question, [_digest(path) for path in paths]])
-    return {
-        "id": f"{source}:{index}",
-        "images": paths,
-        "prompt": question,
-        "completions": steps,
-        "labels": [int(label) for label in labels],
-        "source": source,
-        "group": hashlib.sha256(identity.encode()).hexdigest()[:16],
-        "policy_model": record.get("policy_model"),
+    Returns:
+        `list[Path]`: `results.md`, tables beside the published rows in their own convention, with `model-index` entries
+        as front matter; `evaluation.html`, single solutions with their step scores; and, for results on all records of
+        a published dataset, `.eval_results/{benchmark}.yaml` for the model's repository on the Hub.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    from .evaluation_page import evaluation_page
+    from .model_card import eval_results, eval_results_yaml
+
+    folder = Path(folder)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    records = read_scores(folder / "scores.jsonl")
+    if compare is not None:
+        if "pass_at_n" in results:
+            raise ValueError("two models are compared by their step labels, and best-of-N has none")
+        tests = compare_models(folder / "scores.jsonl", compare, _protocol(results))
+        results["comparison"] = {"other": Path(compare).parent.name or str(compare), "tests": tests}
+        write_json(results, folder / "results.json")
+    entries = eval_results(benchmark.hub_id, results, benchmark.title)
+    card = ModelCard(f"---\n{ModelCardData(model_name=model_name, eval_results=entries)}\n---\n")
+    texts = {
+        folder / "results.md": f"{card}{results_markdown(results, records, model_name)}",
+        folder / "evaluation.html": evaluation_page(benchmark, records, results, model_name),
     }
+    if benchmark.hub_id:
+        texts[folder / ".eval_results" / f"{benchmark.name}.yaml"] = eval_results_yaml(benchmark.hub_id, results)
+    for path, text in texts.items():
+        with atomic_output(path) as part:
+            part.write_text(text, encoding="utf-8")
+    return list(texts)
 
 
-def _field(record: dict[str, Any], key: str, kind: Any) -> Any:
-    if not isinstance(record.get(key), kind):
-        got = f"{record[key]!r:.80}" if key in record else "no such key"
-        raise _Refused("bad_field", f"{key}: expected {getattr(kind, '__name__', kind)}, got {got}")
-    if kind is str:
-        _check_unicode(key, record[key])
-    return record[key]
+def results_markdown(results: dict[str, Any], records: Sequence[dict[str, Any]], model_name: str) -> str:
+    """
+    Lay results out in Markdown, beside the published rows, each table in one convention.
+
+    Args:
+        results (`dict`):
+            What [`evaluate_model`] returned.
+        records (`Sequence[dict]`):
+            Lines of `scores.jsonl`: where a published table tunes its threshold, the model is measured that way too.
+        model_name (`str`):
+            Name of the model.
+    """
+    report = results["benchmark"]
+    name = report["name"]
+    lines = [f"# {model_name} on {BENCHMARKS[name].title}", ""]
+    if "pass_at_n" in results:
+        fewest, most = results["n_candidates"]
+        candidates = str(most) if fewest == most else f"{fewest} to {most}"
+        lines += [f"{results['n_questions']:,} questions with {candidates} candidates each, figures in percent.", ""]
+    else:
+        protocol = PROTOCOLS[results["threshold_protocol"]]
+        lines += [
+            f"{results['n_solutions']:,} solutions, {results['n_steps']:,} labelled steps, figures in percent. "
+            f"Threshold: {protocol}.",
+            "",
+        ]
+    notes = [f"{count} refused: {reason}" for reason, count in report["refused"].items()]
+    notes += [f"{len(report['failed'])} not scored, for an error"] if report["failed"] else []
+    notes += [f"{count:,} {quirk.replace('_', ' ')}" for quirk, count in report["quirks"].items()]
+    if notes:
+        lines += [f"Of the benchmark: {'; '.join(notes)}.", ""]
+    if "pass_at_n" not in results:
+        lines += [*_markdown(table_rows(results)), ""]
+    lines += [*_markdown(measure_rows(results)), ""]
+    if "comparison" in results:
+        lines += [f"## Against {results['comparison']['other']}", ""]
+        lines += ["Paired bootstrap by question over the items that both scored.", ""]
+        lines += [*_markdown(comparison_rows(results["comparison"]["tests"])), ""]
+    for table in TABLES.get(name, ()):
+        threshold = table.threshold if table.threshold == "oracle" else _protocol(results)
+        measured = _measure(records, threshold, n_resamples=0)
+        own = {column: source["macro_f1"] for column, source in measured["sources"].items()}
+        if name == "prmbench":
+            own = prmbench_scores(measured)
+        figures = [measured[table.overall], *(own.get(column) for column in table.columns)]
+        ours = [f"**{model_name}**", *(f"**{_percent(figure)}**" for figure in figures)]
+        rows = [(100 * (figures[0] or 0), ours)]
+        for model, *printed in table.shown():
+            cells = ("-" if figure is None else f"{figure:.{table.decimals}f}" for figure in printed)
+            rows.append((printed[0], [model, *cells]))
+        rows = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+        lines += [f"## Beside {table.source}", "", f"Overall: {table.convention}."]
+        ours_is = PROTOCOLS[measured["threshold_protocol"]]
+        if table.threshold == measured["threshold_protocol"]:
+            lines += [f"Threshold of all rows: {ours_is}.", ""]
+        else:
+            lines += [f"Threshold of the published rows: {PROTOCOLS[table.threshold]}; of this model: {ours_is}.", ""]
+        lines += [*_incomplete(results), *_markdown([["model", "overall", *table.columns], *rows]), ""]
+    return "\n".join(lines)
 
 
-def _check_unicode(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _Refused("text_not_unicode", f"{name} holds a lone surrogate, which no tokenizer reads") from error
+def _protocol(results: dict[str, Any]) -> float | str:
+    """The threshold argument that gave `results`."""
+    return results["threshold"] if results["threshold_protocol"] == "fixed" else results["threshold_protocol"]
+
+
+def _incomplete(results: dict[str, Any]) -> list[str]:
+    """A caveat where the published rows stand on other or on more solutions."""
+    report = results["benchmark"]
+    expected = BENCHMARKS[report["name"]].n_records
+    if report["hub_id"] is None:
+        return [
+            f"This run read {report['read']:,} records, and the published rows stand on {expected:,}: the row of this "
+            "model does not compare with them.",
+            "",
+        ]
+    if results["n_solutions"] < expected:
+        return [
+            f"The row of this model stands on {results['n_solutions']:,} solutions, the others on {expected:,}.",
+            "",
+        ]
+    return []
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    align = ["---", *("---:" for _ in rows[0][1:])]
+    return [f"| {' | '.join(row)} |" for row in (escaped[0], align, *escaped[1:])]

@@ -123,7 +123,7 @@ def open_image(image: Image.Image | str | os.PathLike) -> Image.Image:
         return image.convert("RGB")
     try:
         return Image.open(image).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow: SyntaxError for a broken PNG
         raise ValueError(f"cannot read image {image}: {error}") from error
 
 

@@ -1,6 +1,5 @@
 """A trained process reward model scores steps and picks the best of N."""
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
 from .distinct_images import encode_distinct_images
 from .loss import concentration
+from .metrics import AGGREGATES
 from .modeling import (
     StepClassifier,
     add_marker,
@@ -33,14 +33,6 @@ from .rendering import ProcessingClass, Rendered, pad_batch, prompt_key, render_
 from .shared_prefix import can_share_prefix, prefix_inputs, run_prefix, shared_length, suffix_inputs
 from .splitting import SPLITS, split_steps
 from .step_format import StepFormat
-
-
-AGGREGATES = {
-    "mean": lambda scores: sum(scores) / len(scores),
-    "min": min,
-    "product": math.prod,
-    "last": lambda scores: scores[-1],
-}
 
 
 @dataclass(frozen=True)
@@ -130,8 +122,15 @@ class ProcessRewardModel:
         model = load_model(base_model if is_adapter else str(folder), quantization_config, **model_init_kwargs)
         processing_class = load_processing_class(str(folder), is_vision_language(model.config))
         if is_adapter:
+            trained_on = (peft_config.auto_mapping or {}).get("base_model_class", type(model).__name__)
+            misfit = f"{model_id} is an adapter of a {trained_on}, and {base_model} is a {type(model).__name__}"
+            if trained_on != type(model).__name__:
+                raise ValueError(f"{misfit}: name the base it was trained on (base_model)")
             add_marker(model, processing_class, step_format)
-            model = PeftModel.from_pretrained(model, folder, use_safetensors=True)
+            try:
+                model = PeftModel.from_pretrained(model, folder, use_safetensors=True)
+            except RuntimeError as error:  # torch lists every tensor of another shape
+                raise ValueError(f"{misfit} of another size: name the base it was trained on (base_model)") from error
         return cls(model, processing_class, step_format)
 
     def merge_and_unload(self) -> "ProcessRewardModel":

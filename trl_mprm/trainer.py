@@ -60,6 +60,15 @@ logger = logging.getLogger(__name__)
 NO_FEATURES = ("labels", "overlong", "mc_total", "row_weights")
 
 
+class DecoderInputGradients(TrainerCallback):
+    """Under activation checkpointing Trainer lets gradients into every part's input; a frozen encoder needs none."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs) -> None:
+        base = base_of(model)
+        base.disable_input_require_grads()
+        base.get_decoder().enable_input_require_grads()
+
+
 class ProcessRewardTrainer(Trainer):
     """
     Trainer for process reward models: one reward after every step of a solution.
@@ -160,8 +169,6 @@ class ProcessRewardTrainer(Trainer):
             model = get_peft_model(model, peft_config, revision=init_kwargs.get("revision"))
             # Where the marker made the vocabulary longer, PEFT would save the whole embedding, frozen as it is.
             model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
-        if isinstance(model, PeftModel) and args.gradient_checkpointing:
-            model.enable_input_require_grads()
         if args.label_names is None:
             args.label_names = ["labels"]
         self.selection = selection
@@ -186,6 +193,8 @@ class ProcessRewardTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.gradient_checkpointing and args.freeze_vision_encoder and is_vision_language(model.config):
+            self.add_callback(DecoderInputGradients())
         # Makes Trainer count the labelled steps of the accumulated batch over all processes.
         self.model_accepts_loss_kwargs = True
         self.model.add_model_tags(self._tag_names)
