@@ -7,7 +7,9 @@ import torch
 from conftest import make_rows, picture
 from datasets import Dataset
 from peft import LoraConfig
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from tiny import BUILDERS
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_mprm import DataCollatorForProcessReward, ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
@@ -321,3 +323,44 @@ def test_start_tells_what_is_trained(tiny_folders, tmp_path, capsys):
     assert lines[0].startswith("trained parameters: ") and " of " in lines[0] and lines[0].endswith("%)")
     assert lines[1] == "in 4 bit: none"
     assert lines[2].startswith("memory: ") and lines[2].endswith("activations not counted")
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "gemma3", "qwen2"])
+def test_training_the_marker_copies_no_embedding(architecture, tiny_folders, tmp_path):
+    """The same loss and gradients as PEFT's own way, and no tensor of the embedding's size."""
+    rows, peft_config = rollouts(architecture), LoraConfig(r=4, init_lora_weights=False)
+    trainer = make_trainer(tiny_folders, architecture, tmp_path, rows, peft_config)
+    (layer,) = [module for module in trainer.model.modules() if isinstance(module, TrainableTokensLayer)
+                and isinstance(module.base_layer, torch.nn.Embedding)]  # fmt: skip
+    with torch.no_grad():
+        layer.trainable_tokens_delta["default"] += 0.1
+    batch, copies = trainer.data_collator(rows), {}
+
+    def run():
+        trainer.model.zero_grad()
+        with TorchFunctionCounter("index_copy") as counter:
+            loss = trainer.compute_loss(trainer.model.train(), batch)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+        return loss.item(), gradients, counter.calls
+
+    loss, ours, copies = run()
+    del layer.forward_adapters
+    loss_of_peft, theirs, copies_of_peft = run()
+    tied = int(trainer.model.config.get_text_config().tie_word_embeddings)  # then PEFT wraps the LM head as well
+    assert copies == tied and copies_of_peft == 1 + tied
+    assert loss == pytest.approx(loss_of_peft, abs=1e-6) and set(ours) == set(theirs)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-6, rtol=1e-4)
+
+
+class TorchFunctionCounter(TorchFunctionMode):
+    """Count the calls of one method of tensors."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.calls = name, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += getattr(function, "__name__", "") == self.name
+        return function(*args, **(kwargs or {}))

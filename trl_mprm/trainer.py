@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, PushInProgress
 
 from .collator import IGNORE_INDEX, DataCollatorForProcessReward, check_labels
@@ -48,6 +48,7 @@ from .modeling import (
     load_processing_class,
     marker_logits,
     pinned,
+    train_marker_in_place,
 )
 from .rendering import ProcessingClass, check_prompt, row_name, special_tokens, tokenizer_of
 from .sampling import PromptGroupSampler, WithLength, prompt_groups
@@ -167,6 +168,7 @@ class ProcessRewardTrainer(Trainer):
         if peft_config is not None:
             peft_config = fill_peft_config(peft_config, model, self.step_ids.marker[0], args.reward_head)
             model = get_peft_model(model, peft_config, revision=init_kwargs.get("revision"))
+            train_marker_in_place(model)
             # Where the marker made the vocabulary longer, PEFT would save the whole embedding, frozen as it is.
             model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
         if args.label_names is None:
@@ -201,6 +203,12 @@ class ProcessRewardTrainer(Trainer):
         self.overlong = torch.zeros(3, dtype=torch.long)
         if self.is_world_process_zero():
             print(describe_model(self.model, args.optim))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As in [`~transformers.Trainer`]; with `True`, from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(
         self,
@@ -482,6 +490,22 @@ def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name
         except ValueError as error:
             where = row_name(row, index).removesuffix(" of the batch")
             raise ValueError(f"{name}, {where} ({len(hits)} rows in all): {error}") from error
+
+
+def last_whole_checkpoint(folder: str | os.PathLike) -> str:
+    """
+    The last checkpoint in `folder` that was written to its end.
+
+    Trainer writes a checkpoint in place and `trainer_state.json` last: where a run was killed, it is missing or cut.
+    """
+    for checkpoint in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            logger.warning(f"{checkpoint} was not written to its end: looking at the one before")
+        else:
+            return str(checkpoint)
+    raise ValueError(f"{folder} has no whole checkpoint to resume from: expected checkpoint-*/{TRAINER_STATE_NAME}")
 
 
 def _map(dataset: Any, function: Callable, **kwargs: Any) -> Any:
