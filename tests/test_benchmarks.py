@@ -62,6 +62,7 @@ def test_an_item(folder):
     }
     assert benchmark.report == {
         "name": "visualprocessbench",
+        "title": "VisualProcessBench, other data",
         "hub_id": None,
         "path": str(folder / "test.jsonl"),
         "read": 1,

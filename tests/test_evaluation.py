@@ -539,7 +539,13 @@ def test_markdown_stands_beside_published_rows_in_their_own_convention():
     records = visualprocessbench_records()
     columns = [[record[key] for record in records] for key in ("labels", "scores", "source", "group")]
     measured = {threshold: step_metrics(*columns, threshold=threshold, n_resamples=0) for threshold in (0.5, "oracle")}
-    report = {"name": "visualprocessbench", "refused": {}, "failed": [], "quirks": {"neutral_steps": 2674}}
+    report = {
+        "name": "visualprocessbench",
+        "title": "VisualProcessBench",
+        "refused": {},
+        "failed": [],
+        "quirks": {"neutral_steps": 2674},
+    }
     report["hub_id"] = "OpenGVLab/VisualProcessBench"
     results = {**measured[0.5], "benchmark": report, "n_solutions": 2866}
     text = results_markdown(results, records, "tiny")

@@ -87,6 +87,7 @@ class Benchmark:
         reasons = dict(sorted(Counter(refusal["reason"] for refusal in self.refused).items()))
         return {
             "name": self.name,
+            "title": self.title,
             "hub_id": self.hub_id,
             "path": self.path,
             "read": len(self.items) + len(self.refused),

@@ -452,7 +452,7 @@ def results_markdown(results: dict[str, Any], records: Sequence[dict[str, Any]],
     """
     report = results["benchmark"]
     name = report["name"]
-    lines = [f"# {model_name} on {BENCHMARKS[name].title}", ""]
+    lines = [f"# {model_name} on {report['title']}", ""]
     if "pass_at_n" in results:
         fewest, most = results["n_candidates"]
         candidates = str(most) if fewest == most else f"{fewest} to {most}"
