@@ -11,6 +11,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from tiny import BUILDERS
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BitsAndBytesConfig
 
 from trl_mprm import DataCollatorForProcessReward, ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
 from trl_mprm.collator import IGNORE_INDEX
@@ -352,6 +353,24 @@ def test_training_the_marker_copies_no_embedding(architecture, tiny_folders, tmp
     assert loss == pytest.approx(loss_of_peft, abs=1e-6) and set(ours) == set(theirs)
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], atol=1e-6, rtol=1e-4)
+
+
+def test_qlora_keeps_frozen_weights_in_their_precision(tiny_folders, tmp_path):
+    """bfloat16 embeddings and LM head are not blown up to float32; adapters are in float32, as PEFT makes them."""
+    args = ProcessRewardConfig(str(tmp_path), report_to=[], use_cpu=True, model_init_kwargs={"dtype": "bfloat16"})
+    trainer = ProcessRewardTrainer(
+        tiny_folders["qwen2_5_vl"],
+        args,
+        train_dataset=Dataset.from_list(rollouts("qwen2_5_vl")),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+        peft_config=LoraConfig(r=2),
+    )
+    kept = {name: p.dtype for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert set(kept.values()) == {torch.bfloat16, torch.uint8}
+    assert all("language_model" in name for name, dtype in kept.items() if dtype == torch.uint8)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 class TorchFunctionCounter(TorchFunctionMode):
