@@ -14,7 +14,7 @@ from trl_mprm.step_format import StepFormat
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-YAMLS = sorted(RECIPES.glob("**/*.yaml"))
+YAMLS = sorted(RECIPES.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -175,6 +175,10 @@ class ProcessRewardTrainer(Trainer):
             args.label_names = ["labels"]
         self.selection = selection
         self.compute_other_metrics = compute_metrics
+        # What FSDP shards: layers of the decoder. A vision encoder does not run where a process has no image.
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # set by `accelerate launch`; what its file names wins
+            layer = type(base_of(model).get_decoder().layers[0]).__name__
+            os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", layer)
         super().__init__(
             model=model,
             args=args,
@@ -197,6 +201,11 @@ class ProcessRewardTrainer(Trainer):
         )
         if args.gradient_checkpointing and args.freeze_vision_encoder and is_vision_language(model.config):
             self.add_callback(DecoderInputGradients())
+        if args.share_prefix:  # DDP wants one call of the model a batch, whatever the number of groups
+            forward = self.model.forward
+            self.model.forward = lambda *args, groups=None, **kwargs: (
+                forward(*args, **kwargs) if groups is None else self._group_logits(groups)
+            )
         # Makes Trainer count the labelled steps of the accumulated batch over all processes.
         self.model_accepts_loss_kwargs = True
         self.model.add_model_tags(self._tag_names)
@@ -235,16 +244,22 @@ class ProcessRewardTrainer(Trainer):
         """Logits `(steps, tokens read)` and labels `(steps,)` of the labelled steps, and how many a row has `(rows,)`."""
         measured = inputs["labels"] != IGNORE_INDEX
         if "groups" in inputs:
-            parts = [inputs["plain"]] if "plain" in inputs else []
-            logits = [self._forward(model, part, part["labels"] != IGNORE_INDEX) for part in parts]
-            for group in inputs["groups"]:
-                prefix = run_prefix(model, group["prefix"])
-                continuation = {"input_ids": group["input_ids"], "past_key_values": prefix}
-                logits.append(self._forward(model, continuation, group["markers"]))
-            logits = torch.cat(logits)
+            logits = model(groups=inputs)
         else:
             logits = self._forward(model, inputs, measured)
         return logits, inputs["labels"][measured], measured.sum(1)
+
+    def _group_logits(self, inputs: dict[str, Any]) -> torch.Tensor:
+        logits = []
+        if "plain" in inputs:
+            logits.append(self._forward(self.model, inputs["plain"], inputs["plain"]["labels"] != IGNORE_INDEX))
+        for group in inputs["groups"]:
+            continuation = {
+                "input_ids": group["input_ids"],
+                "past_key_values": run_prefix(self.model, group["prefix"]),
+            }
+            logits.append(self._forward(self.model, continuation, group["markers"]))
+        return torch.cat(logits)
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, Any], markers: torch.Tensor) -> torch.Tensor:
         features = {name: value for name, value in inputs.items() if name not in NO_FEATURES}
