@@ -13,16 +13,15 @@ import pytest
 from conftest import hub_on_this_machine
 from PIL import Image as PILImage
 
+from trl_mprm.annotation_formats import Reason
 from trl_mprm.images import MAX_PIXELS
 from trl_mprm.rollouts import (
     FEATURES,
-    Reason,
     Refusal,
     Rollout,
     describe_refusals,
     load_rollouts,
     read_rollouts,
-    unpack_annotations,
 )
 
 
@@ -134,6 +133,7 @@ def test_totals_that_differ_are_unknown(tmp_path):
         ("{", "not_json"),
         ("[1]", "not_json"),
         ("[" * 100_000, "not_json"),
+        ({"text": "no rollout"}, "unknown_format"),
         (raw(question="<image>"), "prompt_missing"),
         (without(raw(), "question"), "prompt_missing"),
         (stepwise(prompt=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]), "prompt_missing"),
@@ -146,6 +146,8 @@ def test_totals_that_differ_are_unknown(tmp_path):
         (raw(steps_with_score=["First."]), "step_without_text"),
         (stepwise(completions=["First.", 2]), "step_without_text"),
         (step(step="\ud800"), "text_not_unicode"),
+        (raw(rollout_id="\ud800"), "text_not_unicode"),
+        (raw(source="\ud800"), "text_not_unicode"),
         (stepwise(labels=[True]), "labels_not_one_a_step"),
         (stepwise(labels=1.0), "labels_not_one_a_step"),
         (stepwise(mc_scores=[0.5]), "labels_not_one_a_step"),
@@ -165,6 +167,7 @@ def test_totals_that_differ_are_unknown(tmp_path):
         (stepwise(labels=[-100, -100]), "nothing_measured"),
         (raw(image=7), "image_not_a_path"),
         (raw(image=["ok.png", None]), "image_not_a_path"),
+        (raw(image="\ud800.png"), "image_not_a_path"),
         (raw(image="nowhere.png"), "image_missing"),
         (raw(image=["ok.png", "x" * 5000]), "image_missing"),
         (raw(image="a\0b"), "image_missing"),
@@ -377,6 +380,7 @@ def load_from_hub(tmp_path, files, **arguments):
 
 
 def zipped(path, members):
+    path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in members.items():
             archive.writestr(name, text)
@@ -397,6 +401,37 @@ def test_hub_dataset_with_zipped_annotations(tmp_path):
     assert "image_root" in error
 
 
+SELECT = """
+import sys
+from trl_mprm import load_rollouts
+from trl_mprm.cli import main
+for streaming in (True, False):
+    print([row["rollout_id"] for row in load_rollouts("org/rollouts", streaming=streaming)])
+sys.exit(main(["select", "org/rollouts", "--fraction", "0.5", "--output", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("zip_there", [True, False])
+def test_hub_dataset_is_streamed_and_selected(tmp_path, zip_there):
+    # steps with different keys, which the datasets library stores as JSON
+    rows = [raw(), raw(steps_with_score=[{"step": "a", "score": 1.0, "num_mc_total": 16}])]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    files = {"README.md": b"# rollouts", "train.jsonl": text.encode()}
+    if zip_there:
+        archive = zipped(tmp_path / "z.zip", {"annotations/train.jsonl": text})
+        files = {"README.md": b"# rollouts", "annotations.zip": archive.read_bytes()}
+    handler = type("OneHub", (Hub,), {"files": files})
+    with hub_on_this_machine(handler, tmp_path / "home") as env:
+        command = [sys.executable, "-c", SELECT, str(tmp_path / "kept")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    name = "train" if zip_there else "rollouts"
+    assert done.stdout.splitlines()[:2] == [f"['{name}:0', '{name}:1']"] * 2
+    assert (tmp_path / "kept" / "train.jsonl").read_text() == json.dumps(rows[0]) + "\n"
+    assert json.loads((tmp_path / "kept" / "selection.json").read_text())["inputs"] == ["org/rollouts"]
+    assert not list((tmp_path / "home").rglob("annotations"))  # nothing is unpacked
+
+
 def test_hub_dataset_of_rows(tmp_path):
     rows = [stepwise(labels=[0.5, 0.0]), stepwise(labels=[0.25, 1.0], source="y")]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -407,13 +442,11 @@ def test_hub_dataset_of_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../evil.jsonl", "/evil.jsonl", "a/../../evil.jsonl", "..\\evil.jsonl"])
-def test_a_zip_cannot_write_outside(tmp_path, name):
-    archive = zipped(tmp_path / "z.zip", {name: "{}"})
-    target = tmp_path / "in" / "target"
-    target.mkdir(parents=True)
-    with pytest.raises(ValueError, match="outside"):
-        unpack_annotations(archive, target)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "target", "z.zip"]
+def test_a_zip_is_read_in_place_whatever_its_members_are_called(tmp_path, name):
+    archive = zipped(tmp_path / "in" / "z.zip", {name: json.dumps(raw())})
+    assert load_rollouts(archive)["rollout_id"][:] == ["evil:0"]
+    assert sorted(path.name for path in (tmp_path / "in").rglob("*")) == ["z.zip"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "in"]
 
 
 def test_data_files_never_import_torch():

@@ -48,8 +48,25 @@ def balanced_information(scores: np.ndarray, offsets: np.ndarray, alpha: float =
 
     ```
     """
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be a number of at least 0 (the paper uses 0.05 and 0.2), got {alpha!r}")
+    n_steps, n_pos, mc_sum, valid = step_sums(scores, offsets)
+    columns = score_of_sums(n_steps, n_pos, mc_sum, alpha)
+    columns = {name: np.where(valid, column, np.nan) for name, column in columns.items()}
+    return columns | {"bis_n_steps": n_steps, "n_pos": n_pos, "mc_sum": mc_sum}
+
+
+def step_sums(scores: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """
+    The three numbers of each rollout that every rule needs, and whether it can be scored at all.
+
+    Examples:
+    ```python
+    >>> import numpy as np
+    >>> from trl_mprm.bis import step_sums
+    >>> [column.tolist() for column in step_sums(np.array([0.5, 0.0, 2.0]), np.array([0, 2, 3]))]
+    [[2, 1], [1, 0], [0.5, 0.0], [True, False]]
+
+    ```
+    """
     n_steps = np.diff(offsets)
     rollout = np.repeat(np.arange(n_steps.size), n_steps)
     in_range = (scores >= 0) & (scores <= 1)
@@ -59,18 +76,28 @@ def balanced_information(scores: np.ndarray, offsets: np.ndarray, alpha: float =
     # bincount adds in step order, as the paper's loop does: the same sum to the last bit. Zeros and unmeasured steps
     # do not change it, so it is also the sum over all steps.
     mc_sum = np.bincount(rollout[positive], weights=scores[positive], minlength=n_steps.size)
+    return n_steps, n_pos, mc_sum, (n_steps > 0) & (broken == 0)
+
+
+def score_of_sums(n_steps: np.ndarray, n_pos: np.ndarray, mc_sum: np.ndarray, alpha: float) -> dict[str, np.ndarray]:
+    """
+    The formula of the paper, for rollouts with `n_steps` measured steps, of them `n_pos` with a score above 0.
+
+    Examples:
+    ```python
+    >>> import numpy as np
+    >>> from trl_mprm.bis import score_of_sums
+    >>> score_of_sums(np.array([8]), np.array([4]), np.array([2.0]), alpha=0.05)["bis"].tolist()
+    [0.15]
+
+    ```
+    """
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha must be a number of at least 0 (the paper uses 0.05 and 0.2), got {alpha!r}")
     p_pos = n_pos / np.maximum(n_steps, 1)
     reliability = np.where(n_pos > 0, mc_sum / np.maximum(n_pos, 1), 1.0)
     bis = (p_pos * (1 - p_pos) + alpha) * reliability
-    valid = (n_steps > 0) & (broken == 0)
-    return {
-        "bis": np.where(valid, bis, np.nan),
-        "bis_p_pos": np.where(valid, p_pos, np.nan),
-        "bis_reliability": np.where(valid, reliability, np.nan),
-        "bis_n_steps": n_steps,
-        "n_pos": n_pos,
-        "mc_sum": mc_sum,
-    }
+    return {"bis": bis, "bis_p_pos": p_pos, "bis_reliability": reliability}
 
 
 def step_scores(batch: pa.Table | Mapping) -> tuple[np.ndarray, np.ndarray]:

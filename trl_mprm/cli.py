@@ -1,4 +1,4 @@
-"""`trl-mprm select | train | score | evaluate | demo`: arguments in, the library does the work, one table out."""
+"""`trl-mprm select | train | score | evaluate | convert | demo`: arguments in, the library works, one table out."""
 
 import argparse
 import json
@@ -44,18 +44,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "trl-mprm", description="Multimodal process reward models on the Hugging Face stack"
     )
-    commands = parser.add_subparsers(required=True, metavar="select | train | score | evaluate | demo")
+    commands = parser.add_subparsers(required=True, metavar="select | train | score | evaluate | convert | demo")
 
     command = commands.add_parser("select", help="keep the rollouts that teach most", formatter_class=_Defaults)
     command.set_defaults(command=select)
     command.add_argument("input", nargs="+", help="folder, *.jsonl file(s) or Hub id of annotated rollouts")
-    command.add_argument("--output", required=True, help="*.jsonl, *.parquet, or a folder (one JSONL for each input)")
+    command.add_argument("--output", help="*.jsonl, *.parquet, or a folder (one JSONL for each input)")
+    command.add_argument("--compare", action="store_true", help="print what every rule would keep, side by side")
+    command.add_argument("--report", metavar="FILE", help="also draw the selection on a page, FILE.html")
+    command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
     command.add_argument("--rule", default="bis", choices=["bis", "random", "mixed", "reliable", "low_mc"])
     command.add_argument("--fraction", type=float, default=0.1, help="share kept of each source")
     command.add_argument("--alpha", type=float, default=0.05, help="of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%")
     command.add_argument("--ties", default="first", choices=["first", "hash"], help="first in the file, or by hash")
     command.add_argument("--seed", type=int, default=0, help="of the rule `random` and of the hash")
     command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
+    command.add_argument("--drop-answer-step", action="store_true", help="do not score a step that states the answer")
+    command.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    command.add_argument("--save-to-disk", action="store_true", help="OUTPUT is a folder for datasets.load_from_disk")
+    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="also publish the kept rows, with images and card")
 
     train_help = "train a process reward model (train --help lists every field)"
     commands.add_parser("train", help=train_help)  # shown in the help; main() hands the arguments to TrlParser
@@ -69,12 +76,29 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", help="measure on a benchmark", formatter_class=_Defaults)
     command.set_defaults(command=evaluate)
-    _add_model(command)
-    command.add_argument("benchmark", help="file in VisualProcessBench's format, or a folder with test.jsonl")
+    _add_model(command, flag=True)
+    command.add_argument("data", nargs="?", default=argparse.SUPPRESS, help="the same as --data")
+    command.add_argument(
+        "--benchmark",
+        default="visualprocessbench",
+        choices=["visualprocessbench", "processbench", "prmbench", "best-of-n"],
+        help="format of the data, and the dataset on the Hub unless --data names another",
+    )
+    command.add_argument("--data", help="file, folder or Hub id; default: the published dataset of --benchmark")
     command.add_argument("--image-root", help="folder of the images; default: the folder of the file")
-    command.add_argument("--threshold", type=_threshold, default="held_out", help="held_out, oracle, or a number")
+    command.add_argument(
+        "--threshold", type=_threshold, help="held_out, oracle, or a number; default: held_out, 0.5 for the text ones"
+    )
     command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--output", help="folder for results.json and scores.jsonl")
+    command.add_argument("--output", help="folder for scores and reports; a run that was interrupted continues there")
+    command.add_argument("--compare", help="scores.jsonl of another model: test whether the two differ")
+    command.add_argument("--update-card", action="store_true", help="write the results into the card of a local model")
+
+    command = commands.add_parser("convert", help="internvl_chat checkpoint (VisualPRM-8B) to the native class")
+    command.set_defaults(command=convert)
+    command.add_argument("input", help="folder or Hub id of an internvl_chat checkpoint in safetensors")
+    command.add_argument("output", help="folder to write; it must not exist")
+    command.add_argument("--tokenizer", help="native tokenizer with the same ids; default: the checkpoint's own")
 
     command = commands.add_parser("demo", help="the 10%% result in miniature", formatter_class=_Defaults)
     command.set_defaults(command=demo)
@@ -87,8 +111,16 @@ def _parser() -> argparse.ArgumentParser:
 _Defaults = argparse.ArgumentDefaultsHelpFormatter
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="Hub id or folder of a checkpoint saved by ProcessRewardTrainer")
+def _add_model(command: argparse.ArgumentParser, flag: bool = False) -> None:
+    model = "Hub id or folder of a checkpoint saved by ProcessRewardTrainer"
+    if flag:
+        command.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the same as --model")
+        command.add_argument("--model", help=model)
+    else:
+        command.add_argument("model", help=model)
+    command.add_argument(
+        "--step-format", help="layout of a published checkpoint, as math-shepherd; default: as saved, or by its Hub id"
+    )
     command.add_argument("--base-model", help="base of an adapter, where it has moved since the training")
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     command.add_argument("--load-in-4bit", action="store_true", help="as a QLoRA adapter was trained")
@@ -106,6 +138,12 @@ def select(args: argparse.Namespace) -> int:
     from .selection import report_table, select_files
 
     inputs = args.input if len(args.input) > 1 else args.input[0]
+    if args.compare:
+        _compare(inputs, args)
+    if args.output is None:
+        if args.compare and not args.report:
+            return 0
+        raise ValueError("expected --output, where the kept rollouts go (or --compare alone, to keep none)")
     report = select_files(
         inputs,
         args.output,
@@ -115,6 +153,12 @@ def select(args: argparse.Namespace) -> int:
         ties=args.ties,
         seed=args.seed,
         image_root=args.image_root,
+        drop_answer_step=args.drop_answer_step,
+        strict=args.strict,
+        save_to_disk=args.save_to_disk,
+        push_to_hub=args.push_to_hub,
+        engine=args.engine,
+        page=args.report,
     )
     _print_table(report_table(report))
     output = Path(args.output)
@@ -122,7 +166,28 @@ def select(args: argparse.Namespace) -> int:
     print(f"\nkept rollouts: {output}\nevidence: {folder / 'selection.json'}")
     for reason, count in report["total"]["refused"].items():
         print(f"refused: {count} {reason} (see {folder / 'refused.jsonl'})")
+    if args.report:
+        print(f"page: {args.report}")
+    if args.push_to_hub:
+        print(f"published: dataset {args.push_to_hub}")
     return 0
+
+
+def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:
+    from .comparison import compare_rules, comparison_table
+
+    table = compare_rules(
+        inputs,
+        fraction=args.fraction,
+        alpha=args.alpha,
+        ties=args.ties,
+        seed=args.seed,
+        image_root=args.image_root,
+        drop_answer_step=args.drop_answer_step,
+        engine=args.engine,
+    )
+    header, *rows = comparison_table(table)
+    print(tabulate(rows, header, disable_numparse=True, colalign=("left", *["right"] * len(table))), end="\n\n")
 
 
 @dataclass
@@ -218,15 +283,16 @@ def _selection_beside(dataset: str, n_rows: int) -> dict | None:
     return report if report is not None and report["total"]["kept"] == n_rows else None
 
 
-def _load_prm(args: argparse.Namespace):
+def _load_prm(args: argparse.Namespace, device_map: str | dict = "auto"):
     from .scoring import ProcessRewardModel
 
     return ProcessRewardModel.from_pretrained(
         args.model,
         base_model=args.base_model,
+        step_format=args.step_format,
         quantization_config=_nf4(args.dtype) if args.load_in_4bit else None,
         dtype=args.dtype,
-        device_map="auto",
+        device_map=device_map,
     )
 
 
@@ -246,15 +312,52 @@ def score(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from .evaluation import evaluate_model, read_benchmark, table_rows
+    from datetime import timedelta
 
-    benchmark = read_benchmark(args.benchmark, image_root=args.image_root)
-    metrics = evaluate_model(_load_prm(args), benchmark, args.threshold, args.batch_size, args.output)
-    _print_table(table_rows(metrics))
-    for reason, count in metrics["benchmark"]["refused"].items():
-        print(f"refused: {count} {reason}")
-    if args.output:
-        print(f"\nmetrics: {Path(args.output) / 'results.json'}\nscores: {Path(args.output) / 'scores.jsonl'}")
+    from accelerate import PartialState
+
+    from .benchmarks import BENCHMARKS, load_benchmark
+    from .evaluation import evaluate_model, measure_rows, table_rows, write_report
+    from .model_card import add_eval_results, public_name
+
+    if args.model is None:
+        raise ValueError("no model to evaluate: name a Hub id or folder with --model")
+    for flag, value in (("--compare", args.compare), ("--update-card", args.update_card)):
+        if value and not args.output:
+            raise ValueError(f"{flag} needs a folder for the results: set --output")
+    state = PartialState(timeout=timedelta(days=1))  # a process waits as long as another downloads or scores
+    with state.main_process_first():  # one download for all processes
+        benchmark = load_benchmark(args.benchmark, args.data, args.image_root)
+    threshold = BENCHMARKS[args.benchmark].threshold if args.threshold is None else args.threshold
+    prm = _load_prm(args, "auto" if state.num_processes == 1 else {"": state.device})
+    metrics = evaluate_model(prm, benchmark, threshold, args.batch_size, args.output)
+    if state.is_main_process:
+        if "pass_at_n" not in metrics:
+            _print_table(table_rows(metrics))
+            print()
+        _print_table(measure_rows(metrics))
+        for reason, count in metrics["benchmark"]["refused"].items():
+            print(f"refused: {count} {reason}")
+        for item in metrics["benchmark"]["failed"]:
+            print(f"not scored: {item['id']}: {item['error']}")
+        if args.output:
+            reports = write_report(args.output, benchmark, public_name(args.model), args.compare)
+            print(f"\nmetrics: {Path(args.output) / 'results.json'}\nscores: {Path(args.output) / 'scores.jsonl'}")
+            print("\n".join(f"report: {path}" for path in reports))
+        if args.update_card:
+            card = add_eval_results(args.model, benchmark.name, benchmark.title, benchmark.hub_id, metrics)
+            print(f"card: {card}")
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    from .internvl_chat import convert_internvl_chat
+
+    report = convert_internvl_chat(args.input, args.output, args.tokenizer)
+    _print_table([["", "converted"], *map(list, report.items())])
+    print(f"\nmodel and processor: {args.output}")
     return 0
 
 

@@ -2,13 +2,16 @@
 
 import io
 import os
+import stat
 import warnings
-from pathlib import Path
 
 from PIL import Image
 
+from .annotation_formats import is_unicode
+
 
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
+REMEMBERED = 20_000  # images that a finder has looked at, so that it need not look again
 
 
 class ImageRefused(Exception):
@@ -21,7 +24,7 @@ class ImageRefused(Exception):
 
 class ImageFinder:
     """
-    Finds and checks the images below one root, each path once.
+    Finds and checks the images below one root.
 
     Args:
         root (`Path`, *optional*):
@@ -34,33 +37,60 @@ class ImageFinder:
         self.root = None if root is None else os.path.realpath(root)
         self.check = check
         self.found: dict[str, str | ImageRefused] = {}
+        self.folders: dict[str, list[tuple[str, bool, bool]]] = {}
 
-    def find(self, name: object) -> str:
-        """Return the path of the image `name`. Raises [`ImageRefused`]."""
-        if not isinstance(name, str) or not name:
-            raise ImageRefused("image_not_a_path", f"image is {name!r:.80}, expected a path")
-        if not self.check:
-            return name
-        if name not in self.found:
-            self.found[name] = self._look(name)
-        found = self.found[name]
+    def find(self, image: object) -> str | bytes:
+        """Like [`~ImageFinder.look`], but raises the [`ImageRefused`]."""
+        found = self.look(image)
         if isinstance(found, ImageRefused):
-            raise found
+            raise ImageRefused(found.reason, str(found))  # a new one: it is shared by all images of its folder
+        return found
+
+    def look(self, image: object) -> str | bytes | ImageRefused:
+        """The path of an image, or its bytes if they came along (`{"bytes": ..., "path": ...}`), or what is wrong."""
+        if isinstance(image, dict):
+            if isinstance(data := image.get("bytes"), bytes):
+                try:
+                    check_image(io.BytesIO(data))
+                except ImageRefused as refused:
+                    return refused
+                return data
+            image = image.get("path")
+        if not isinstance(image, str) or not image or not is_unicode(image):
+            return ImageRefused("image_not_a_path", f"image is {image!r:.80}, expected a path")
+        if not self.check:
+            return image
+        if (found := self.found.get(image)) is not None:
+            return found
+        found = self._look(image)
+        # A missing image costs one look at its folder; a present one is read, so it is remembered, up to a limit.
+        if isinstance(found, str) or found.reason != "image_missing":
+            if len(self.found) >= REMEMBERED:
+                self.found.clear()
+            self.found[image] = found
         return found
 
     def _look(self, name: str) -> str | ImageRefused:
         if self.root is None:
             return ImageRefused("image_missing", f"{name!r:.80}: no image root was given")
-        refused = ImageRefused("image_missing", f"{name!r:.80} is not in {self.root}")
-        # The annotations say VisualPRM400K-v1.1-Raw/<x>, and images.zip unpacks to images/<x>. Short paths of NLVR2
-        # (images/train-*.png) lie in images/nlvr2/.
-        short = name.removeprefix("VisualPRM400K-v1.1-Raw/")
-        for candidate in dict.fromkeys([name, short, f"images/{short}", f"images/nlvr2/{short}"]):
+        folder, slash, base = name.rpartition("/")
+        if base in ("", ".", ".."):
+            folder, slash, base = name, "/", "."
+        if (folders := self.folders.get(folder + slash)) is None:
+            folders = self.folders[folder + slash] = self._candidates(folder + slash)
+        if isinstance(folders, ImageRefused):
+            return folders
+        refused = None
+        for path, inside, exists in folders:
             try:
-                real = os.path.realpath(os.path.join(self.root, candidate))
-                if not Path(real).is_relative_to(self.root):
+                if exists and stat.S_ISLNK(os.lstat(path + base).st_mode):
+                    real = os.path.realpath(path + base)
+                    inside = self._inside(real)
+                else:
+                    real = path + base
+                if not inside:
                     refused = ImageRefused("image_outside_root", f"{name!r:.80} leads out of {self.root}")
-                elif os.path.isfile(real):
+                elif exists and os.path.isfile(real):
                     with open(real, "rb") as file:
                         check_image(file)
                     return real
@@ -68,12 +98,29 @@ class ImageFinder:
                 return ImageRefused(error.reason, f"{name!r:.80}: {error}")
             except PermissionError as error:
                 return ImageRefused("image_unreadable", str(error))
-            except (
-                OSError,
-                ValueError,
-            ):  # a name that no file can have: too long, with a zero byte or a lone surrogate
+            except (OSError, ValueError):  # not there, or a name that no file can have
+                if not inside:
+                    refused = ImageRefused("image_outside_root", f"{name!r:.80} leads out of {self.root}")
+        return refused or ImageRefused("image_missing", f"{name!r:.80} is not in {self.root}")
+
+    def _candidates(self, folder: str) -> list[tuple[str, bool, bool]] | ImageRefused:
+        """Where the files of a folder may lie: real path with a slash, whether it is inside the root, and exists."""
+        # The annotations say VisualPRM400K-v1.1-Raw/<x>, and images.zip unpacks to images/<x>. Short paths of NLVR2
+        # (images/train-*.png) lie in images/nlvr2/.
+        short = folder.removeprefix("VisualPRM400K-v1.1-Raw/")
+        found = []
+        for name in dict.fromkeys([folder, short, f"images/{short}", f"images/nlvr2/{short}"]):
+            try:
+                path = os.path.join(os.path.realpath(os.path.join(self.root, name)), "")
+                found.append((path, self._inside(path), os.path.isdir(path)))
+            except (OSError, ValueError):  # a name that no folder can have: a zero byte, a lone surrogate
                 continue
-        return refused
+        if any(exists or not inside for _, inside, exists in found):
+            return found
+        return ImageRefused("image_missing", f"{folder!r:.80} is not in {self.root}")
+
+    def _inside(self, path: str) -> bool:
+        return path.startswith(os.path.join(self.root, ""))
 
 
 def check_image(file: io.BufferedIOBase) -> None:

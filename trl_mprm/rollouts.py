@@ -17,32 +17,28 @@ A row that cannot be used is refused, for one named reason.
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 import uuid
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from enum import StrEnum
 from functools import cache
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, Image, List, Value
-from huggingface_hub import hf_hub_download
+from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, List, Value
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tqdm.auto import tqdm
 
-from .images import ImageFinder, ImageRefused, check_image
+from .annotation_formats import Reason, Refused, image_list, own_text, to_row
+from .images import ImageFinder, ImageRefused
+from .shards import SUFFIXES, Paths, line_batches, plan_shards
 
 
 logger = logging.getLogger(__name__)
@@ -60,26 +56,6 @@ FEATURES = Features(
         "rollout_id": Value("string"),
     }
 )
-Paths = str | os.PathLike | list[str | os.PathLike]
-
-
-class Reason(StrEnum):
-    """Why a row is refused. The first reason that holds is the one that is named."""
-
-    NOT_JSON = "not_json"  # the line is no JSON object
-    PROMPT_MISSING = "prompt_missing"  # no question, an empty one, or a chat that is not one user turn of text
-    EMPTY_STEPS = "empty_steps"  # neither `steps_with_score` nor `completions`, or an empty list
-    STEP_WITHOUT_TEXT = "step_without_text"
-    TEXT_NOT_UNICODE = "text_not_unicode"  # a lone surrogate, which no file and no tokenizer can hold
-    LABELS_NOT_ONE_A_STEP = "labels_not_one_a_step"  # labels, mc_scores or mc_counts: another length than the steps
-    STEP_WITHOUT_SCORE = "step_without_score"
-    SCORE_NOT_A_NUMBER = "score_not_a_number"  # quoted, bool, NaN
-    SCORE_OUT_OF_RANGE = "score_out_of_range"  # outside [0, 1]
-    NOTHING_MEASURED = "nothing_measured"  # no step was measured (num_mc_total 0, or label -100, everywhere)
-    IMAGE_NOT_A_PATH = "image_not_a_path"
-    IMAGE_MISSING = "image_missing"
-    IMAGE_OUTSIDE_ROOT = "image_outside_root"  # links followed
-    IMAGE_UNREADABLE = "image_unreadable"  # no picture, cut short, or more than MAX_PIXELS pixels
 
 
 class Refusal(NamedTuple):
@@ -100,11 +76,13 @@ class Rollout(NamedTuple):
     row: dict
 
 
-class _Refused(Exception):
-    """Carries its reason from the check that fails to the loop over rows."""
-
-
-def load_rollouts(path_or_hub_id: Paths, image_root: str | os.PathLike | None = None) -> Dataset:
+def load_rollouts(
+    path_or_hub_id: Paths,
+    image_root: str | os.PathLike | None = None,
+    *,
+    streaming: bool = False,
+    drop_answer_step: bool = False,
+) -> Dataset | IterableDataset:
     """
     Read Monte-Carlo-annotated rollouts into a [`~datasets.Dataset`] with the columns `images`, `prompt`,
     `completions`, `labels`, `mc_scores`, `mc_counts`, `mc_total`, `source`, `rollout_id`.
@@ -120,10 +98,15 @@ def load_rollouts(path_or_hub_id: Paths, image_root: str | os.PathLike | None = 
 
     Args:
         path_or_hub_id (`str`, path, or `list` of paths):
-            A folder of `*.jsonl` files, one file (also Parquet as `trl-mprm select` writes it), a list of these, or a
-            dataset on the Hub: its `annotations.zip` where there is one, else its split `train`.
+            A folder, a glob, one file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet`, or a `.zip` of `.jsonl`, read
+            in place), a list of these, a folder of `save_to_disk`, or a dataset on the Hub: its `annotations.zip` where
+            there is one, else its split `train`. [`~trl_mprm.annotation_formats`] has the formats of a row.
         image_root (`str` or path, *optional*):
             Folder of the images. Image paths stay inside it. Defaults to the folder of each file.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows when they are asked for. Files are shared out among the workers of a data loader.
+        drop_answer_step (`bool`, *optional*, defaults to `False`):
+            Leave a last step that states the final answer without label and score.
 
     Raises:
         `FileNotFoundError`: no such file, folder or dataset. `ValueError`: no row can be used.
@@ -141,27 +124,19 @@ def load_rollouts(path_or_hub_id: Paths, image_root: str | os.PathLike | None = 
 
     ```
     """
-    on_hub = _is_hub_id(path_or_hub_id)
-    refusals = []
-
-    def rows() -> Iterator[dict]:
-        for item in read_rollouts(path_or_hub_id, image_root):
-            if isinstance(item, Rollout):
-                yield item.row
-                continue
-            if on_hub and image_root is None and item.reason is Reason.IMAGE_MISSING:
-                raise ValueError(
-                    f"{path_or_hub_id} names images that are not on this disk ({item.file}:{item.line}): download and "
-                    "unpack the images of that dataset, and pass their folder as image_root"
-                )
-            refusals.append(item)
-
-    path, n_rows = _write_arrow(rows())
-    for line in describe_refusals(refusals):
-        logger.warning(line)
+    if isinstance(path_or_hub_id, (str, os.PathLike)) and (Path(path_or_hub_id) / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path_or_hub_id))
+        return saved.to_iterable_dataset() if streaming else saved
+    if streaming:
+        parts = [path_or_hub_id] if is_hub_id(path_or_hub_id) else _files(path_or_hub_id)
+        options = {"parts": parts, "image_root": image_root, "drop_answer_step": drop_answer_step, "streaming": True}
+        return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=options)
+    refused: list[str] = []
+    rows = _rows([path_or_hub_id], image_root, drop_answer_step, refused=refused)
+    path, n_rows = _write_arrow(rows)
     if not n_rows:
         raise ValueError(
-            f"{path_or_hub_id}: no row can be used. {'; '.join(describe_refusals(refusals)) or 'No rows at all.'} "
+            f"{path_or_hub_id}: no row can be used. {'; '.join(refused) or 'No rows at all.'} "
             "Expected raw annotations (question, steps_with_score) or stepwise rows (prompt, completions, labels), "
             "with images under image_root"
         )
@@ -170,15 +145,50 @@ def load_rollouts(path_or_hub_id: Paths, image_root: str | os.PathLike | None = 
     return Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=path.stem)
 
 
+def _files(inputs: Paths) -> list[str]:
+    """Files, one by one; of two with one name the second one is an error, as without streaming."""
+    return list(dict.fromkeys(shard.file for shard in plan_shards(inputs)))
+
+
+def _rows(
+    parts: list[Paths],
+    image_root: str | os.PathLike | None,
+    drop_answer_step: bool,
+    streaming: bool = False,
+    refused: list[str] | None = None,
+) -> Iterator[dict]:
+    """The rows that can be used; at the end a warning for each reason why others cannot, also put into `refused`."""
+    refusals = []
+    for part in parts:
+        for item in read_rollouts(part, image_root, True, drop_answer_step, streaming):
+            if isinstance(item, Rollout):
+                yield item.row
+                continue
+            if image_root is None and item.reason is Reason.IMAGE_MISSING and is_hub_id(part):
+                raise ValueError(
+                    f"{part} names images that are not on this disk ({item.file}:{item.line}): download and "
+                    "unpack the images of that dataset, and pass their folder as image_root"
+                )
+            refusals.append(item)
+    for line in describe_refusals(refusals):
+        logger.warning(line)
+        if refused is not None:
+            refused.append(line)
+
+
 def read_rollouts(
-    inputs: Paths, image_root: str | os.PathLike | None = None, check_images: bool = True
+    inputs: Paths,
+    image_root: str | os.PathLike | None = None,
+    check_images: bool = True,
+    drop_answer_step: bool = False,
+    streaming: bool = False,
 ) -> Iterator[Rollout | Refusal]:
     """
     Read rollouts one by one: a [`Rollout`] for each row that can be used, a [`Refusal`] for each that cannot.
 
     An image is checked once, by its header and its last bytes: a known format, at most `MAX_PIXELS` pixels, the end
     mark of PNG or JPEG present. Only a file without that mark is decoded. `check_images=False` leaves image paths as
-    they are and does not look for the files.
+    they are and does not look for the files. `streaming` concerns datasets on the Hub alone.
 
     Examples:
     ```python
@@ -194,17 +204,18 @@ def read_rollouts(
     ```
     """
     finders: dict[Path | None, ImageFinder] = {}
-    for file, folder, number, source, record in _records(inputs):
+    for file, folder, number, source, record in _records(inputs, streaming):
         root = folder if image_root is None else Path(image_root)
         if root not in finders:
             finders[root] = ImageFinder(root, check_images)
         try:
-            row = _to_row(record, finders[root])
+            row = to_row(record, drop_answer_step)
+            row["images"] = find_images(record, finders[root])
             # Known by file and line, not by its own source: two files may share a source.
-            row["source"] = _own(record, "source") or source
-            row["rollout_id"] = _own(record, "rollout_id") or f"{source}:{number}"
-        except _Refused as refused:
-            yield Refusal(file, number + 1, record and _own(record, "source") or source, refused.args[0])
+            row["source"] = own_text(record, "source") or source
+            row["rollout_id"] = own_text(record, "rollout_id") or f"{source}:{number}"
+        except Refused as refused:
+            yield Refusal(file, number + 1, own_text(record, "source") or source, refused.args[0])
         else:
             yield Rollout(file, number + 1, source, row)
 
@@ -224,68 +235,50 @@ def describe_refusals(refusals: Iterable[Refusal]) -> list[str]:
 # ---- files
 
 
-def rollout_files(inputs: Paths) -> list[Path]:
-    """The files that `inputs` names: a folder's `*.jsonl` and `*.parquet` by name, or the annotations of a Hub id."""
-    if isinstance(inputs, list):
-        files = [file for item in inputs for file in rollout_files(item)]
-    elif Path(inputs).is_dir():
-        # refused.jsonl is what `trl-mprm select` could not use
-        names = sorted(entry for entry in Path(inputs).iterdir() if entry.suffix in {".jsonl", ".parquet"})
-        files = [entry for entry in names if entry.name != "refused.jsonl"]
-    elif Path(inputs).is_file():
-        files = [Path(inputs)]
-    elif _is_hub_id(inputs):
-        files = rollout_files(folder) if (folder := _hub_annotations(inputs)) else []
-    else:
-        raise FileNotFoundError(f"{inputs}: no such file or folder, and no dataset id (org/name) of the Hub")
-    if not files:
-        raise FileNotFoundError(f"{inputs}: expected *.jsonl files with rollouts, found none")
-    stems: dict[str, Path] = {}
-    for file in files:
-        if (other := stems.setdefault(file.stem, file)) is not file:
-            raise ValueError(f"{other} and {file} have one name, and the name is the source: rename one of them")
-    return files
-
-
-def read_lines(file: Path) -> Iterator[bytes]:
-    """Lines of a JSONL file without their line ends; rows of a Parquet file as JSON."""
-    if file.suffix != ".parquet":
-        with open(file, "rb") as lines:
-            yield from (line.removesuffix(b"\n") for line in lines)
-        return
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
-        for record in batch.to_pylist():
-            record = {key: value for key, value in record.items() if value is not None}
-            try:
-                yield json.dumps(record, ensure_ascii=False).encode()
-            except (TypeError, UnicodeEncodeError) as error:
-                raise ValueError(f"{file}: expected rows as trl-mprm select writes them, but {error}") from error
-
-
-def _records(inputs: Paths) -> Iterator[tuple[str, Path | None, int, str, object]]:
+def _records(inputs: Paths, streaming: bool) -> Iterator[tuple[str, Path | None, int, str, object]]:
     """File, its folder, line from 0, source by file name, and the parsed line (None: no JSON object) of every row."""
-    if _is_hub_id(inputs) and _hub_annotations(inputs) is None:
-        for number, record in enumerate(_hub_rows(inputs)):
+    if is_hub_id(inputs) and hub_annotations(inputs) is None:
+        for number, record in enumerate(_hub_rows(inputs, streaming)):
             yield str(inputs), None, number, str(inputs).split("/")[-1], record
         return
-    files = rollout_files(inputs)
-    with tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, delay=2) as bar:
-        for file in files:
-            bar.set_description(f"reading {file.name}", refresh=False)  # a refresh would ignore `delay`
-            sources, number = _kept_sources(file), -1
-            for number, line in enumerate(read_lines(file)):
-                bar.update(len(line) + 1)
-                source = sources[number] if sources and number < len(sources) else file.stem
-                if line.strip():
-                    yield str(file), file.parent, number, source, _parse(line)
-            if sources and len(sources) != number + 1:
-                raise ValueError(
-                    f"{file} has {number + 1} lines, but selection.json beside it tells the sources of "
-                    f"{len(sources)}: select again, or delete selection.json"
-                )
+    shards = plan_shards(local_inputs(inputs))
+    total = sum({shard.file: shard.stamp[0] for shard in shards}.values())
+    with tqdm(total=total, unit="B", unit_scale=True, delay=2) as bar:
+        place = ""
+        for shard in shards:
+            if shard.place != place:
+                place, number, sources = shard.place, 0, kept_sources(Path(shard.file))
+            bar.set_description(f"reading {shard.source}", refresh=False)  # a refresh would ignore `delay`
+            for block, lines in line_batches(shard):
+                bar.update(len(block))
+                for line in lines:
+                    source = sources[number] if number < len(sources) else shard.source
+                    if line.strip():
+                        yield place, Path(shard.file).parent, number, source, parse(line)
+                    number += 1
+            if sources:
+                check_kept_sources(shard.file, number, sources)
 
 
-def _kept_sources(file: Path) -> list[str]:
+def local_inputs(inputs: Paths) -> Paths:
+    """Inputs on this disk: of a dataset on the Hub its `annotations.zip`, else the files with its rows."""
+    if isinstance(inputs, list):
+        return [
+            path
+            for item in inputs
+            for path in [local_inputs(item)]
+            for path in (path if isinstance(path, list) else [path])
+        ]
+    if not is_hub_id(inputs):
+        return inputs
+    archive = hub_annotations(inputs)
+    if archive is not None:
+        return archive
+    folder = Path(snapshot_download(inputs, repo_type="dataset", allow_patterns=[f"*{end}" for end in SUFFIXES]))
+    return sorted(file for end in SUFFIXES for file in folder.rglob(f"*{end}"))
+
+
+def kept_sources(file: Path) -> list[str]:
     """Source of each line of a file in which `trl-mprm select` put several sources together, else nothing."""
     report = file.parent / "selection.json"
     if not report.is_file():
@@ -297,7 +290,15 @@ def _kept_sources(file: Path) -> list[str]:
         raise ValueError(f"{report}: expected the report of trl-mprm select, got {error}: delete it") from error
 
 
-def _parse(line: bytes) -> dict | None:
+def check_kept_sources(file: str, n_lines: int, sources: list[str]) -> None:
+    if len(sources) != n_lines:
+        raise ValueError(
+            f"{file} has {n_lines} lines, but selection.json beside it tells the sources of "
+            f"{len(sources)}: select again, or delete selection.json"
+        )
+
+
+def parse(line: bytes) -> dict | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -331,182 +332,62 @@ def chunks(rows: Iterable, size: int) -> Iterator[list]:
         yield chunk
 
 
-# ---- one row
-
-
-def _to_row(record: dict | None, images: ImageFinder) -> dict:
-    if record is None:
-        raise _Refused(Reason.NOT_JSON)
-    row = _raw_row(record) if record.get("steps_with_score") is not None else _stepwise_row(record)
-    if all(score is None for score in row["mc_scores"]):
-        raise _Refused(Reason.NOTHING_MEASURED)
-    row["images"] = [_find_image(image, images) for image in image_list(record)]
-    return row
-
-
-def _raw_row(record: dict) -> dict:
-    prompt = prompt_text(record)
-    steps = record["steps_with_score"]
-    if not isinstance(steps, list) or not steps:
-        raise _Refused(Reason.EMPTY_STEPS)
-    if not all(isinstance(step, dict) for step in steps):
-        raise _Refused(Reason.STEP_WITHOUT_TEXT)
-    completions = _step_texts([step.get("step") for step in steps])
-    totals = [count(step.get("num_mc_total")) for step in steps]
-    # num_mc_total 0: the annotation stopped before this step and wrote a score of 0.0 that nobody measured
-    scores = [None if total == 0 else _score(step.get("score")) for step, total in zip(steps, totals, strict=True)]
-    known = {total for total in totals if total}
-    return {
-        "prompt": prompt,
-        "completions": completions,
-        "labels": [-100.0 if score is None else score for score in scores],
-        "mc_scores": scores,
-        "mc_counts": [count(step.get("num_mc_correct")) for step in steps],
-        # one number for all steps, or none: a count over another total would be a wrong count
-        "mc_total": known.pop() if len(known) == 1 else None if known else count(record.get("num_mc_sequences")),
-    }
-
-
-def _stepwise_row(record: dict) -> dict:
-    prompt = prompt_text(record)
-    steps = record.get("completions")
-    if not isinstance(steps, list) or not steps:
-        raise _Refused(Reason.EMPTY_STEPS)
-    completions = _step_texts(steps)
-    labels, scores, counts = record.get("labels"), record.get("mc_scores"), record.get("mc_counts")
-    labels = scores if labels is None else labels
-    if labels is None:
-        raise _Refused(Reason.STEP_WITHOUT_SCORE)
-    for values in (labels, scores, counts):
-        if values is not None and (not isinstance(values, list) or len(values) != len(steps)):
-            raise _Refused(Reason.LABELS_NOT_ONE_A_STEP)
-    if labels is not scores:
-        labels = [float(label) if isinstance(label, bool) else label for label in labels]
-        labels = [None if label == -100 else _score(label) for label in labels]
-    scores = labels if scores is None else [None if score is None else _score(score) for score in scores]
-    return {
-        "prompt": prompt,
-        "completions": completions,
-        "labels": [-100.0 if label is None else float(label) for label in labels],
-        "mc_scores": scores,
-        "mc_counts": [count(value) for value in counts or [None] * len(steps)],
-        "mc_total": count(record.get("mc_total")),
-    }
-
-
-def prompt_text(record: dict) -> str:
-    """The question without its `<image>` places: in our rendering the images come first."""
-    text = record.get("question_orig") or record.get("question") or record.get("prompt")
-    if isinstance(text, list) and len(text) == 1 and isinstance(text[0], dict) and text[0].get("role") == "user":
-        text = text[0].get("content")
-    if not isinstance(text, str) or not (text := re.sub(r"<image>\n?", "", text).strip()):
-        raise _Refused(Reason.PROMPT_MISSING)
-    return _unicode(text)
-
-
-def _step_texts(steps: list) -> list[str]:
-    if not all(isinstance(step, str) and step.strip() for step in steps):
-        raise _Refused(Reason.STEP_WITHOUT_TEXT)
-    return [_unicode(step) for step in steps]
-
-
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _Refused(Reason.TEXT_NOT_UNICODE) from None
-    return text
-
-
-def _score(value: object) -> float:
-    if value is None:
-        raise _Refused(Reason.STEP_WITHOUT_SCORE)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise _Refused(Reason.SCORE_NOT_A_NUMBER)
-    if not 0 <= value <= 1:
-        raise _Refused(Reason.SCORE_OUT_OF_RANGE)
-    return float(value)
-
-
-def count(value: object) -> int | None:
-    """A whole number from 0, anything else as unknown. 16.0 counts: columns with nulls come back as floats."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return int(value) if number and 0 <= value < 2**63 and value == int(value) else None
-
-
-def _own(record: dict, name: str) -> str | None:
-    return record[name] if isinstance(record.get(name), str) and record[name] else None
-
-
 # ---- images
 
 
-def image_list(record: dict) -> list:
-    images = record.get("images") or record.get("image") or []
-    return images if isinstance(images, list) else [images]
-
-
-def _find_image(image: object, finder: ImageFinder) -> dict:
-    """An image as [`~datasets.Image`] stores it: a path, or the bytes that came with the row."""
-    path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
-    try:
-        if data is None:
-            return {"path": finder.find(path), "bytes": None}
-        check_image(io.BytesIO(data))
-    except ImageRefused as refused:
-        raise _Refused(Reason(refused.reason)) from refused
-    return {"path": None, "bytes": data}
+def find_images(record: dict, finder: ImageFinder) -> list[dict]:
+    """The images of a record as [`~datasets.Image`] stores them: a path, or bytes. Raises [`Refused`]."""
+    images = []
+    for image in image_list(record):
+        found = finder.look(image)
+        if isinstance(found, ImageRefused):
+            raise Refused(Reason(found.reason))
+        images.append({"path": found, "bytes": None} if isinstance(found, str) else {"path": None, "bytes": found})
+    return images
 
 
 # ---- the Hub
 
 
-def _is_hub_id(path: Paths) -> bool:
+def is_hub_id(path: Paths) -> bool:
     return (
         isinstance(path, str)
         and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
-        and not path.endswith((".jsonl", ".parquet"))
+        and not path.endswith((*SUFFIXES, ".zip"))
         and not os.path.exists(path)
     )
 
 
 @cache
-def _hub_annotations(repo_id: str) -> Path | None:
-    """The folder of the unpacked `annotations.zip` of a dataset on the Hub, None if it has no such file."""
+def hub_annotations(repo_id: str) -> Path | None:
+    """The `annotations.zip` of a dataset on the Hub, None if it has no such file."""
     try:
-        archive = Path(hf_hub_download(repo_id, "annotations.zip", repo_type="dataset"))
+        return Path(hf_hub_download(repo_id, "annotations.zip", repo_type="dataset"))
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id}: no such folder here, and no such dataset on the Hub") from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id}: no such file or folder here, and the Hub cannot be reached") from error
     except EntryNotFoundError:
         return None
-    folder = archive.parent / "annotations"
-    if not folder.is_dir():
-        part = Path(tempfile.mkdtemp(prefix=".annotations.", dir=archive.parent))
-        try:
-            unpack_annotations(archive, part)
-            part.replace(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
-def unpack_annotations(archive: Path, folder: Path) -> None:
-    """Unpack the `*.jsonl` members of a zip into `folder`, by their bare names, so that none lands outside."""
-    with zipfile.ZipFile(archive) as members:
-        for member in members.infolist():
-            parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-            if ".." in parts or parts[:1] == ("/",):
-                raise ValueError(f"{archive}: member {member.filename!r} lies outside of the archive: not unpacked")
-            if parts and parts[-1].endswith(".jsonl"):
-                if (folder / parts[-1]).exists():
-                    raise ValueError(f"{archive}: two members are named {parts[-1]}, and the name is the source")
-                with members.open(member) as source, open(folder / parts[-1], "wb") as target:
-                    shutil.copyfileobj(source, target)
+def _hub_rows(repo_id: str, streaming: bool) -> Iterator[dict]:
+    rows = datasets.load_dataset(repo_id, split="train", streaming=streaming)
+    if streaming:
+        yield from rows if rows.features is None else map(_undecoded(rows.features).decode_example, rows.decode(False))
+        return
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        yield from map(_undecoded(rows.features).decode_example, table.to_pylist())
 
 
-def _hub_rows(repo_id: str) -> Iterator[dict]:
-    # Arrow format: images stay as they are stored, {"bytes", "path"}, and are not decoded
-    for table in datasets.load_dataset(repo_id, split="train").with_format("arrow").iter(batch_size=1000):
-        yield from table.to_pylist()
+def _undecoded(features: Features) -> Features:
+    """Images stay as they are stored, {"bytes", "path"}; columns of mixed types, stored as JSON, become what they are."""
+
+    def walk(feature: object) -> object:
+        if isinstance(feature, Image):
+            return Image(decode=False)
+        if isinstance(feature, List):
+            return List(walk(feature.feature))
+        return {name: walk(value) for name, value in feature.items()} if isinstance(feature, dict) else feature
+
+    return Features(walk(features))

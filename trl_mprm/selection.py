@@ -12,42 +12,58 @@ A rule is a score for each rollout; the cut is the same for all: `max(1, int(m *
 of a source, the highest scores first.
 """
 
-import hashlib
-import json
+import ctypes
+import errno
+import gc
 import logging
+import multiprocessing
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
 
-from .bis import balanced_information, step_scores
-from .files import atomic_output
-from .rollouts import (
-    Paths,
-    Refusal,
-    Rollout,
-    chunks,
-    count,
-    describe_refusals,
-    image_list,
-    prompt_text,
-    read_lines,
-    read_rollouts,
-    rollout_files,
+from .bis import step_scores, step_sums
+from .cut import (
+    KIND,
+    REASONS,
+    RULES,
+    UNKNOWN,
+    Cut,
+    Scores,
+    Summary,
+    Ties,
+    describe,
+    describe_refused,
+    find_cut,
+    kept_rows,
+    merge,
+    settle,
+    summarize,
+    tie_counts,
 )
+from .outputs import Outputs
+from .rollouts import local_inputs
+from .scan import Emitted, emit, group_hash, score_shard
+from .shards import Paths, Shard, plan_shards
 
 
 logger = logging.getLogger(__name__)
 
-SELECTION_VERSION = "1"
-RULES = ("bis", "random", "mixed", "reliable", "low_mc")
+SELECTION_VERSION = "2"
+SHARES = ("mixed_share", "error_step_share", "mean_mc", "mean_group_size")
+POOL_BYTES = 2**25  # a corpus above this size is worth a process a core
 
 
 @dataclass(frozen=True)
@@ -125,10 +141,8 @@ def top_fraction(
 
     ```
     """
-    _check_cut(fraction, ties)
-    columns = _columns(_batches(scored, by, score), by, score)
-    parameters = {"rule": score, "fraction": fraction, "alpha": None, "ties": ties, "seed": seed}
-    return _cut(columns, columns.get(score, np.array([])), parameters)
+    check_cut(fraction, ties)
+    return _select(_batches(scored, by, score), by, score, score, fraction=fraction, alpha=None, ties=ties, seed=seed)
 
 
 def select(
@@ -159,9 +173,8 @@ def select(
 
     ```
     """
-    _check_cut(fraction, ties, rule)
-    columns = _columns(_batches(rollouts, by), by, alpha=alpha)
-    return _select(columns, rule, fraction, alpha, ties, seed)
+    check_cut(fraction, ties, rule, alpha)
+    return _select(_batches(rollouts, by), by, None, rule, fraction=fraction, alpha=alpha, ties=ties, seed=seed)
 
 
 def select_files(
@@ -174,13 +187,20 @@ def select_files(
     ties: str = "first",
     seed: int = 0,
     image_root: str | os.PathLike | None = None,
+    drop_answer_step: bool = False,
+    strict: bool = False,
+    save_to_disk: bool = False,
+    push_to_hub: str | None = None,
+    engine: str = "local",
+    page: str | os.PathLike | None = None,
 ) -> dict:
     """
     Select from files to files: the rows that [`select`] keeps of [`load_rollouts`], in their own format.
 
     Writes, each whole or not at all, the kept rows, `selection.json` beside them, and `refused.jsonl` (file, line,
-    reason) if a row was refused. `*.jsonl` takes the kept lines as they are, byte by byte; `*.parquet` takes their
-    fields, with `source` and `rollout_id`; any other name is a folder with one JSONL file for each input file.
+    reason) if a row was refused. `*.jsonl` takes the kept lines as they are, byte by byte; `*.parquet` takes them in
+    the row type of [`load_rollouts`], with further fields as text; any other name is a folder with one JSONL file for
+    each input file. A run that is killed leaves nothing under these names, and a later one gives the same bytes.
 
     Args:
         inputs (`str`, path, or `list` of paths):
@@ -190,6 +210,19 @@ def select_files(
         image_root (`str` or path, *optional*):
             Folder of the images. Defaults to the folder of each file; if not one image is found there, the annotations
             came without them, and images are not checked (the report says so).
+        drop_answer_step (`bool`, *optional*, defaults to `False`):
+            Take a last step that states the final answer for not measured. JSONL lines stay as they are: pass the same
+            to [`load_rollouts`].
+        strict (`bool`, *optional*, defaults to `False`):
+            Raise at the first refused row, and write nothing.
+        save_to_disk (`bool`, *optional*, defaults to `False`):
+            Make `output` a folder for `datasets.load_from_disk`.
+        push_to_hub (`str`, *optional*):
+            Also publish the kept rows, with their images and a card, as this dataset of the Hub.
+        engine (`str`, *optional*, defaults to `"local"`):
+            `"local"`: a process for each core; `"ray"`: the workers of a Ray cluster. Both give the same bytes.
+        page (`str` or path, *optional*):
+            Also write one HTML page about the selection there, see [`~trl_mprm.selection_report`].
 
     Returns:
         `dict`: The content of `selection.json`. [`report_table`] makes table rows of it.
@@ -209,80 +242,181 @@ def select_files(
 
     ```
     """
-    _check_cut(fraction, ties, rule)
-    output, files = Path(output), rollout_files(inputs)
-    single = output.suffix in {".jsonl", ".parquet"}
-    folder = output.parent if single else output
-    targets = [output] if single else [output / f"{file.stem}.jsonl" for file in files]
-    _check_output(output, targets, files, inputs)
+    check_cut(fraction, ties, rule, alpha)
+    shards = plan_shards(local_inputs(inputs))
+    outputs = Outputs(Path(output), shards, inputs, save_to_disk, image_root)
 
-    columns, refusals, places = _read_files(inputs, image_root, alpha)
-    unseen = {row.reason for row in refusals if row.reason.startswith("image_")} == {"image_missing"}
-    check_images = bool(places) or image_root is not None or not unseen
-    if not check_images:
-        logger.warning("%s: not one image of these rollouts is on this disk: selecting without them", inputs)
-        columns, refusals, places = _read_files(inputs, None, alpha, check_images=False)
-    for line in describe_refusals(refusals):
-        logger.warning(line)
-    if not places:
-        raise ValueError(
-            f"{inputs}: no row can be used. {'; '.join(describe_refusals(refusals)) or 'No rows at all.'}"
+    with find_engine(engine)(shards, image_root, drop_answer_step) as run:
+        summary = merge(run.summaries(strict))
+        cut = find_cut(
+            summary,
+            rule,
+            fraction=fraction,
+            alpha=alpha,
+            ties=ties,
+            seed=seed,
+            images_required=image_root is not None,
         )
-    selection = _select(columns, rule, fraction, alpha, ties, seed, refusals)
-    report = selection.report
-    report["inputs"] = [str(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
-    report["images"] = "checked" if check_images else "not checked"
+        refused = describe_refused(summary, cut)
+        if strict and refused:
+            raise ValueError(f"{inputs}: {refused[0]}, and strict allows none")
+        for line in refused:
+            logger.warning(line)
+        if not cut.check_images:
+            logger.warning("%s: not one image of these rollouts is on this disk: selecting without them", inputs)
+        if not cut.valid.any():
+            raise ValueError(f"{inputs}: no row can be used. {'; '.join(refused) or 'No rows at all.'}")
+        while not cut.settled:
+            cut = settle(cut, run.ties(cut))
+        outputs.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            _room_left(outputs.folder),
+            tempfile.TemporaryDirectory(prefix=".select.", suffix=".part", dir=outputs.folder) as name,
+        ):
+            emitted, parts = run.emit(cut, Path(name)), Path(name)
+            kept = merge(part.summary for part in emitted)
+            report = build_report(cut, summary, kept) | {
+                "inputs": outputs.inputs,
+                "images": "checked" if cut.check_images else "not checked",
+                "drop_answer_step": drop_answer_step,
+            }
+            outputs.write(report, emitted, parts)
+            if push_to_hub is not None:
+                outputs.push_to_hub(push_to_hub, report, emitted, parts)
+        if page is not None:
+            from .selection_report import write_selection_report
 
-    kept: dict[str, list[int]] = {str(file): [] for file in files}
-    runs: dict[str, list] = {}
-    for index in selection.indices:
-        file, line, source = places[index]
-        kept[file].append(line - 1)
-        name = output.name if single else f"{Path(file).stem}.jsonl"
-        if not runs.get(name) or runs[name][-1][0] != source:
-            runs.setdefault(name, []).append([source, 0])
-        runs[name][-1][1] += 1
-    # A raw row says its source by its file name alone. Where that name is lost, load_rollouts finds the source here.
-    moved = {name: run for name, run in runs.items() if {source for source, _ in run} != {Path(name).stem}}
-    report["output"] = {} if output.suffix == ".parquet" else moved
-    with ExitStack() as stack:  # leaves in reverse order: the report appears last, when all it tells of is there
-        part = stack.enter_context(atomic_output(folder / "selection.json"))
-        part.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        if refusals:
-            part = stack.enter_context(atomic_output(folder / "refused.jsonl"))
-            rows = ({"file": row.file, "line": row.line, "reason": row.reason} for row in refusals)
-            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-        parts = [stack.enter_context(atomic_output(target)) for target in targets]
-        if output.suffix == ".parquet":
-            names = [{name: columns[name][index] for name in ("source", "rollout_id")} for index in selection.indices]
-            _write_parquet(parts[0], kept, names)
-        else:
-            for number, (file, lines) in enumerate(kept.items()):
-                with open(parts[0 if single else number], "ab") as out:
-                    out.writelines(line + b"\n" for line in _kept_lines(file, lines))
-    if not refusals:
-        (folder / "refused.jsonl").unlink(missing_ok=True)  # of an earlier run
+            write_selection_report(page, report, summary, kept, cut, run, alpha)
     return report
+
+
+@contextmanager
+def _room_left(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"{folder}: expected room for the kept rows and for a copy of them, got {error.strerror!r}: free some and "
+            "run again; no output was touched"
+        ) from error
+
+
+def find_engine(name: str) -> type:
+    if name == "local":
+        return LocalRun
+    if name == "ray":
+        from .ray_engine import RayRun
+
+        return RayRun
+    raise ValueError(f"engine must be local or ray, got {name!r}")
+
+
+class LocalRun:
+    """The passes over all shards, in this process or, where that is quicker, in one process a core."""
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        image_root: str | os.PathLike | None = None,
+        drop_answer_step: bool = False,
+        words: bool = False,
+    ):
+        self.shards, self.image_root = shards, image_root
+        self.options = {"drop_answer_step": drop_answer_step, "words": words}
+        self.scores: list[Scores] = []
+
+    def __enter__(self) -> "LocalRun":
+        # A fork has everything imported already. Where it is not safe (macOS), or not worth it, one process does it all.
+        processes = min(len(self.shards), len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+        self.pool = None
+        if processes > 1 and sum(map(_size, self.shards)) > POOL_BYTES:
+            self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def summaries(self, strict: bool = False) -> Iterator[Summary]:
+        score = partial(score_shard, image_root=self.image_root, **self.options)
+        with tqdm(total=sum(map(_size, self.shards)), unit="B", unit_scale=True, delay=2, desc="scoring") as bar:
+            for shard, (scores, summary) in zip(self.shards, self._each(score, self.shards), strict=True):
+                self.scores.append(scores)
+                bar.update(_size(shard))
+                yield summary
+                if strict and (summary.kinds["unread"] >= 0).any():
+                    return
+
+    def map(self, function: Callable, *args: object) -> list:
+        """`function(shard, scores, *args)` of each shard, in corpus order."""
+        return list(self._each(function, self.shards, self.scores, *([arg] * len(self.shards) for arg in args)))
+
+    def ties(self, cut: Cut) -> list[Ties]:
+        return self.map(_count_ties, cut)
+
+    def emit(self, cut: Cut, folder: Path) -> list[Emitted]:
+        return self.map(_emit_parts, cut, folder)
+
+    def _each(self, function: Callable, *columns: Iterable) -> Iterator:
+        if self.pool is None:
+            yield from map(function, *columns)
+            return
+        try:
+            yield from self.pool.map(function, *columns)
+        except BrokenProcessPool as error:
+            raise OSError("a worker process was killed, perhaps for want of memory: run again") from error
+
+
+def _start_worker() -> None:
+    gc.freeze()  # what the parent made is not looked through, and so not copied
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed parent leaves no worker behind
+
+
+def _count_ties(shard: Shard, scores: Scores, cut: Cut) -> Ties:
+    return tie_counts(scores, cut)
+
+
+def _emit_parts(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> Emitted:
+    with open(folder / f"{shard.index}.kept", "wb") as kept, open(folder / f"{shard.index}.refused", "wb") as refused:
+        return emit(shard, scores, cut, kept, refused)
+
+
+def _size(shard: Shard) -> int:
+    return shard.stamp[0] if shard.stop is None else shard.stop - shard.start
 
 
 def report_table(report: dict) -> list[list]:
     """The report of a selection as rows of a table, the header first, `total` last."""
     names = ["read", "refused", "valid", "kept", "cut_score", "ties_at_cut", "ties_kept"]
-    shares = ["mixed_share", "error_step_share", "mean_mc", "mean_group_size"]
-    table = [["source", *names, *shares]]
+    table = [["source", *names, *SHARES]]
     for source, row in [*report["sources"].items(), ("total", report["total"])]:
         row = row | {"refused": sum(row["refused"].values())}
-        table.append([source, *(row[name] for name in names), *(row[name] for name in shares)])
+        table.append([source, *(row[name] for name in names), *(row[name] for name in SHARES)])
     return table
 
 
-# ---- the core: columns -> scores -> cut
+# ---- datasets
 
 
-def _columns(batches: Iterable[dict], by: str, score: str | None = None, alpha: float = 0.05) -> dict:
+def _select(batches: Iterable[dict], by: str, score: str | None, rule: str, **parameters) -> Selection:
+    """Rows of a dataset are one shard of the core in `cut`."""
+    ids, scores = _score_rows(batches, by, score)
+    summary = summarize(scores)
+    cut = find_cut(summary, rule, **parameters)
+    while not cut.settled:
+        cut = settle(cut, [tie_counts(scores, cut)])
+    rows = kept_rows(scores, cut)
+    report = build_report(cut, summary, summarize(scores, rows))
+    return Selection(tuple(ids[row] for row in rows), tuple(rows.tolist()), report)
+
+
+def _score_rows(batches: Iterable[dict], by: str, score: str | None) -> tuple[list[str], Scores]:
     """Read once what a rule and its report need: a few numbers a row, whatever the length of the rows."""
-    columns = {"rollout_id": [], "source": [], "group": []}
-    numbers: dict[str, list[np.ndarray]] = {}
+    ids, groups, kind = [], [], []
+    numbers: dict[str, int] = {}
+    kinds: dict[tuple, int] = {}
     for batch in batches:
         for name in ("rollout_id", by, score):
             if name is not None and name not in batch:
@@ -292,20 +426,34 @@ def _columns(batches: Iterable[dict], by: str, score: str | None = None, alpha: 
                 )
         n_rows = len(batch["rollout_id"])
         prompts, images = batch.get("prompt", [None] * n_rows), batch.get("images", [None] * n_rows)
-        columns["rollout_id"] += batch["rollout_id"]
-        columns["source"] += [str(source) for source in batch[by]]
-        columns["group"] += [
-            hash((str(prompt), *map(_image_key, row or ()))) for prompt, row in zip(prompts, images, strict=True)
+        sources = [str(source) for source in batch[by]]
+        ids += batch["rollout_id"]
+        groups += [
+            group_hash(source, str(prompt), row or ())
+            for source, prompt, row in zip(sources, prompts, images, strict=True)
         ]
-        parts = {}
         if score is None or "mc_scores" in batch or "steps_with_score" in batch:
-            parts = balanced_information(*step_scores(batch), alpha)
+            n_steps, n_pos, mc_sum, valid = step_sums(*step_scores(batch))
+        else:
+            n_steps, n_pos, mc_sum, valid = np.zeros((4, n_rows), int)
+            mc_sum = mc_sum + UNKNOWN
+        values = np.zeros(n_rows)
         if score is not None:
-            parts[score] = np.array([np.nan if value is None else value for value in batch[score]], dtype=np.float64)
-        for name, values in parts.items():
-            numbers.setdefault(name, []).append(values)
-    _check_ids(columns["rollout_id"])
-    return columns | {name: np.concatenate(values) for name, values in numbers.items()}
+            values = np.array([np.nan if value is None else value for value in batch[score]], dtype=np.float64)
+            valid = ~np.isnan(values)
+        place = [numbers.setdefault(source, len(numbers)) for source in sources]
+        columns = (n_steps, n_pos, mc_sum, np.where(valid, values, 0))
+        reason = np.where(valid, -1, REASONS.index("no_score")).tolist()
+        for key in zip(place, reason, *(column.tolist() for column in columns), strict=True):
+            kind.append(kinds.setdefault(key, len(kinds)))
+    if not ids:
+        raise ValueError("expected rollouts to select from, got no rows")
+    _check_ids(ids)
+    keys = [(source, reason, reason, *sums) for source, reason, *sums, _ in kinds]
+    column = None if score is None else np.array([key[-1] for key in kinds])
+    kind, group = np.array(kind, np.int32), np.array(groups, np.uint64)
+    scores = Scores(0, "", "", tuple(numbers), np.array(keys, KIND), kind, group, score=column)
+    return ids, replace(scores, ids=pa.array(ids, pa.string()))
 
 
 def _check_ids(rollout_ids: list) -> None:
@@ -319,98 +467,55 @@ def _check_ids(rollout_ids: list) -> None:
             )
 
 
-def _select(columns: dict, rule: str, fraction: float, alpha: float, ties: str, seed: int, refusals=()) -> Selection:
-    score = np.array([])
-    if columns["rollout_id"]:
-        p_pos = columns["bis_p_pos"]
-        valid = np.where(np.isnan(p_pos), np.nan, 0.0)
-        score = {
-            "bis": columns["bis"],
-            "random": valid,
-            "mixed": valid + ((p_pos > 0) & (p_pos < 1)),
-            "reliable": columns["bis_reliability"],
-            "low_mc": valid - columns["mc_sum"] / np.maximum(columns["bis_n_steps"], 1),
-        }[rule]
-    ties = "hash" if rule in ("random", "mixed") else ties
-    alpha = alpha if rule == "bis" else None
-    return _cut(
-        columns, score, {"rule": rule, "fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed}, refusals
-    )
+def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
+    """
+    What `selection.json` holds: for each source, and for all together, read = kept + dropped + refused.
 
-
-def _cut(columns: dict, score: np.ndarray, parameters: dict, refusals: Iterable[Refusal] = ()) -> Selection:
-    fraction, ties, seed = parameters["fraction"], parameters["ties"], parameters["seed"]
-    if not columns["rollout_id"]:
-        raise ValueError("expected rollouts to select from, got no rows")
-    hashes = np.array([_hash(rollout_id, seed) for rollout_id in columns["rollout_id"]] if ties == "hash" else [])
-    refused: dict[str, Counter] = {}
-    for refusal in refusals:
-        refused.setdefault(refusal.source, Counter())[str(refusal.reason)] += 1
-    names, source = np.unique(np.array(columns["source"], dtype=object), return_inverse=True)
-    order = np.argsort(source, kind="stable")
-    rows_of = dict(zip(names, np.split(order, np.cumsum(np.bincount(source))[:-1]), strict=True))
-    rows_of |= {name: np.array([], dtype=np.int64) for name in refused if name not in rows_of}
-
-    kept_rows, sources = [], {}
-    for name in sorted(rows_of):
-        rows = rows_of[name]
-        valid = rows[~np.isnan(score[rows])]
-        quota = max(1, int(len(valid) * fraction))
-        keys = (hashes[valid], -score[valid]) if ties == "hash" else (-score[valid],)
-        kept = np.sort(valid[np.lexsort(keys)[:quota]])  # lexsort is stable: equal keys stay in file order
-        counts = refused.get(name, Counter()) + Counter({"no_score": len(rows) - len(valid)})
-        cut = score[kept].min() if kept.size else None
-        sources[name] = {
-            "read": len(valid) + sum(counts.values()),
-            "refused": dict(counts),
-            "valid": len(valid),
-            "kept": len(kept),
-            "cut_score": None if cut is None else float(cut),
-            "ties_at_cut": int((score[valid] == cut).sum()),
-            "ties_kept": int((score[kept] == cut).sum()),
-            **_describe(columns, kept),
-            "before": _describe(columns, valid),
+    Args:
+        cut ([`~trl_mprm.cut.Cut`]):
+            The settled cut.
+        summary, kept ([`~trl_mprm.cut.Summary`]):
+            Of all rows that were read, and of those that were written.
+    """
+    kinds, count = summary.kinds, summary.count.astype(np.int64)
+    reason = kinds["reason" if cut.check_images else "unread"]
+    rows = {}
+    for number, source in [*enumerate(cut.sources), (None, None)]:
+        mine = slice(None) if source is None else kinds["source"] == number
+        by_reason = np.bincount(reason[mine] + 1, count[mine], len(REASONS) + 1).astype(int).tolist()
+        valid, refused = by_reason[0], {name: n for name, n in zip(REASONS, by_reason[1:], strict=True) if n}
+        after, before = (describe(part, cut.check_images, source) for part in (kept, summary))
+        at = slice(None) if source is None else slice(number, number + 1)
+        quota = sum(max(1, int(m * cut.parameters["fraction"])) for m in cut.valid[at].tolist() if m)
+        if (before["n"], after["n"]) != (valid, quota):
+            raise RuntimeError(f"{source or 'in all'}: {valid} rows should give {quota}, got {before} and {after}")
+        rows[source] = {
+            "read": sum(by_reason),
+            "refused": refused,
+            "valid": valid,
+            "kept": quota,
+            "dropped": valid - quota,
+            "cut_score": None if source is None or not valid else float(cut.cut_score[number]),  # each has its own
+            "ties_at_cut": int(cut.ties[at].sum()),
+            "ties_kept": int(cut.ties_kept[at].sum()),
+            **{name: after[name] for name in SHARES},
+            "before": {name: before[name] for name in SHARES},
         }
-        kept_rows.append(kept)
-    kept = np.sort(np.concatenate(kept_rows))
-    total = {
-        name: sum(row[name] for row in sources.values())
-        for name in ("read", "valid", "kept", "ties_at_cut", "ties_kept")
-    }
-    total |= {"refused": dict(sum((Counter(row["refused"]) for row in sources.values()), Counter()))}
-    total |= {"cut_score": None, **_describe(columns, kept)}  # each source has a cut of its own
-    total |= {"before": _describe(columns, np.flatnonzero(~np.isnan(score)))}
-    report = {**parameters, "version": SELECTION_VERSION, "inputs": [], "sources": sources, "total": total}
-    return Selection(tuple(columns["rollout_id"][row] for row in kept), tuple(kept.tolist()), report)
+    total = rows.pop(None)
+    groups = "all" if not summary.halved else f"1 in {2**summary.halved}, by hash"
+    report = {**cut.parameters, "version": SELECTION_VERSION, "inputs": [], "groups_counted": groups}
+    return report | {"sources": rows, "total": total}
 
 
-def _describe(columns: dict, rows: np.ndarray) -> dict[str, float | None]:
-    """Four numbers of some rows: how mixed, how wrong, how good, and how many share an image and a question."""
-    shares = dict.fromkeys(("mixed_share", "error_step_share", "mean_mc", "mean_group_size"))
-    if len(rows) and "n_pos" in columns:
-        n_steps, n_pos, mc_sum = (columns[name][rows] for name in ("bis_n_steps", "n_pos", "mc_sum"))
-        shares["mixed_share"] = float(((n_pos > 0) & (n_pos < n_steps)).mean())
-        shares["error_step_share"] = float(1 - n_pos.sum() / max(n_steps.sum(), 1))
-        shares["mean_mc"] = float(mc_sum.sum() / max(n_steps.sum(), 1))
-    if len(rows):
-        shares["mean_group_size"] = len(rows) / len({(columns["source"][row], columns["group"][row]) for row in rows})
-    return shares
-
-
-def _hash(rollout_id: str, seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{rollout_id}".encode(), digest_size=8).digest(), "big")
-
-
-def _check_cut(fraction: float, ties: str, rule: str = "bis") -> None:
+def check_cut(fraction: float, ties: str, rule: str = "bis", alpha: float = 0.05) -> None:
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1 (0.1 keeps a tenth), got {fraction!r}")
     if ties not in ("first", "hash"):
         raise ValueError(f'ties must be "first" (file order) or "hash" (seeded, any order), got {ties!r}')
-
-
-# ---- datasets and files
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha must be a number of at least 0 (the paper uses 0.05 and 0.2), got {alpha!r}")
 
 
 def _batches(rows: Dataset | IterableDataset, by: str, score: str | None = None) -> Iterator[dict]:
@@ -423,110 +528,3 @@ def _batches(rows: Dataset | IterableDataset, by: str, score: str | None = None)
         return
     rows = rows.with_format(None)
     yield from (rows if rows.features is None else rows.decode(False)).iter(batch_size=1000)
-
-
-def _image_key(image: object) -> object:
-    if isinstance(image, dict):
-        return image["path"] or image["bytes"]
-    return image if isinstance(image, str) else image.tobytes()  # a stream without features may hold decoded images
-
-
-def _read_files(
-    inputs: Paths, image_root: str | os.PathLike | None, alpha: float, check_images: bool = True
-) -> tuple[dict, list[Refusal], list[tuple[str, int, str]]]:
-    refusals, places = [], []
-
-    def batches() -> Iterator[dict]:
-        for items in chunks(read_rollouts(inputs, image_root, check_images), 1000):
-            refusals.extend(item for item in items if isinstance(item, Refusal))
-            rollouts = [item for item in items if isinstance(item, Rollout)]
-            places.extend((item.file, item.line, item.source) for item in rollouts)
-            if rollouts:
-                names = ("rollout_id", "source", "mc_scores", "prompt", "images")
-                yield {name: [item.row[name] for item in rollouts] for name in names}
-
-    return _columns(batches(), "source", alpha=alpha), refusals, places
-
-
-def _check_output(output: Path, targets: list[Path], files: list[Path], inputs: Paths) -> None:
-    folder = targets[0].parent
-    if output.is_dir() if output in targets else output.is_file():
-        raise ValueError(f"{output}: expected a folder, *.jsonl or *.parquet, and this is the other kind: rename it")
-    used = {file.resolve() for file in files}
-    for target in targets:
-        if target.resolve() in used:
-            raise ValueError(f"{target} is an input and would be overwritten: give another output")
-    folders = [Path(item).resolve() for item in (inputs if isinstance(inputs, list) else [inputs])]
-    if folder.resolve() in folders:
-        raise ValueError(f"{output} lies in the input folder, where the next run would read it: give another output")
-    others = {*folder.glob("*.jsonl"), *folder.glob("*.parquet")} - {*targets, folder / "refused.jsonl"}
-    if output not in targets and others:
-        raise ValueError(f"{folder} already holds {min(others).name}, which is not of this run: give an empty folder")
-
-
-def _kept_lines(file: str, numbers: list[int]) -> Iterator[bytes]:
-    wanted = set(numbers)
-    for number, line in enumerate(read_lines(Path(file))):
-        if number in wanted:
-            wanted.remove(number)
-            yield line
-    if wanted:
-        raise ValueError(f"{file} became shorter while it was read: select again")
-
-
-# Fields of the two formats. All others become text, so that rows with different types of `answer` fit.
-_STEP = pa.struct(
-    {"step": pa.string(), "score": pa.float64(), "num_mc_correct": pa.int64(), "num_mc_total": pa.int64()}
-)
-_TYPES = {
-    "image": pa.list_(pa.string()),
-    "images": pa.list_(pa.string()),
-    "steps_with_score": pa.list_(_STEP),
-    "num_mc_sequences": pa.int64(),
-    "completions": pa.list_(pa.string()),
-    "labels": pa.list_(pa.float64()),
-    "mc_scores": pa.list_(pa.float64()),
-    "mc_counts": pa.list_(pa.int64()),
-    "mc_total": pa.int64(),
-}
-
-
-def _write_parquet(path: Path, kept: dict[str, list[int]], names: list[dict]) -> None:
-    def records() -> Iterator[dict]:
-        lines = (line for file, numbers in kept.items() for line in _kept_lines(file, numbers))
-        return (_typed(json.loads(line)) | own for line, own in zip(lines, names, strict=True))
-
-    keys = dict.fromkeys(key for record in records() for key in record)
-    schema = pa.schema([(key, _TYPES.get(key, pa.string())) for key in keys])
-    with pq.ParquetWriter(path, schema) as writer:
-        for rows in chunks(records(), 1000):
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-
-def _typed(record: dict) -> dict:
-    raw = record.get("steps_with_score") is not None
-    unused = ("completions", "labels", "mc_scores", "mc_counts", "mc_total") if raw else ()
-    row = {}
-    for key, value in record.items():
-        if value is None or key in unused:
-            continue
-        if key in ("image", "images"):
-            value = [image["path"] if isinstance(image, dict) else image for image in image_list({key: value})]
-        elif key == "steps_with_score":
-            value = [
-                {"step": step["step"], "score": None if count(step.get("num_mc_total")) == 0 else step["score"]}
-                | {name: count(step.get(name)) for name in ("num_mc_correct", "num_mc_total")}
-                for step in value
-            ]
-        elif key in ("labels", "mc_scores"):
-            value = [None if score is None else float(score) for score in value]
-        elif key in ("num_mc_sequences", "mc_total"):
-            value = count(value)
-        elif key == "mc_counts":
-            value = [count(number) for number in value]
-        elif key == "prompt" and not raw:
-            value = prompt_text(record)
-        elif key not in _TYPES and not isinstance(value, str):
-            value = json.dumps(value, ensure_ascii=False)
-        row[key] = value
-    return row

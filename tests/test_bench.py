@@ -1,0 +1,19 @@
+"""The bench of the selection runs, and its contestants agree; what it measures is no test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_bench_select(tmp_path):
+    script = Path(__file__).parent.parent / "recipes" / "bench" / "select.py"
+    output = tmp_path / "bench.json"
+    argv = [sys.executable, script, "--rows", "300", "--repeats", "1", "--json", output]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr  # it stops where the contestants kept different rows
+    results = json.loads(output.read_text())
+    ratios = ("plain_over_ours", "ours_over_read", "row_map_over_arrow_map", "hf_path_over_ours", "rss_8x_over_1x")
+    assert all(results[name] > 0 for name in ratios)
+    assert results["kept"] == 30 <= results["kept_by_hf_path"]
+    assert "300 rollouts" in run.stdout and "peak memory" in run.stdout

@@ -1,0 +1,187 @@
+"""Kept rows as a dataset on this disk and on the Hub."""
+
+import base64
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from conftest import hub_on_this_machine
+from datasets import Dataset, IterableDataset, load_from_disk
+from PIL import Image as PILImage
+
+from trl_mprm import load_rollouts
+from trl_mprm.cli import main
+from trl_mprm.outputs import dataset_card
+from trl_mprm.selection import select_files
+
+
+TOKEN = "hf_" + "secret" * 5
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Twelve rollouts of two sources with pictures, and one that is refused."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for number in range(3):
+        PILImage.new("RGB", (3 + number, 2)).save(folder / f"{number}.png")
+    for source in ("AI2D", "GEOS"):
+        rows = [
+            {"image": f"{i % 3}.png", "question": f"<image>\nq{i}", "answer": "5" if i % 2 else 5}
+            | {"steps_with_score": [{"step": "s", "score": (i + j) % 3 / 2, "num_mc_total": 16} for j in range(2)]}
+            for i in range(6)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{source}.jsonl").write_text(text + "{\n" * (source == "GEOS"))
+    return folder
+
+
+def test_save_to_disk(corpus, tmp_path, capsys):
+    argv = ["select", str(corpus), "--fraction", "0.5", "--output", str(tmp_path / "kept"), "--save-to-disk"]
+    assert main(argv) == 0
+    assert f"evidence: {tmp_path}/kept/selection.json" in capsys.readouterr().out
+    kept = load_from_disk(str(tmp_path / "kept"))
+    select_files(corpus, tmp_path / "jsonl", fraction=0.5)
+    expected = load_rollouts(tmp_path / "jsonl", image_root=corpus)
+    names = [name for name in expected.column_names if name not in ("images", "rollout_id")]
+    assert kept.select_columns(names).to_list() == expected.select_columns(names).to_list()
+    assert kept["rollout_id"][:] == ["AI2D:0", "AI2D:2", "AI2D:5", "GEOS:0", "GEOS:2", "GEOS:5"]  # BIS .15, .3, .3
+    assert [row["images"][0].size for row in kept] == [row["images"][0].size for row in expected]
+    assert set(kept["answer"]) == {"5"}
+    assert json.loads((tmp_path / "kept" / "selection.json").read_text())["total"]["kept"] == 6
+    assert (tmp_path / "kept" / "refused.jsonl").read_text().count("\n") == 1
+    assert load_rollouts(tmp_path / "kept").to_list() == kept.to_list()
+    # again: the same bytes; and a folder of something else stays as it is
+    before = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+    assert main(argv) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".select.*"))
+    assert main([*argv[:-2], str(corpus), "--save-to-disk"]) == 2
+    assert "is no dataset of an earlier run" in capsys.readouterr().err
+
+
+def test_streaming(corpus, caplog):
+    whole, stream = load_rollouts(corpus), load_rollouts(corpus, streaming=True)
+    assert isinstance(stream, IterableDataset) and stream.num_shards == 2 and stream.features == whole.features
+    rows = list(stream)
+    assert [row["rollout_id"] for row in rows] == whole["rollout_id"][:]
+    assert [row["images"][0].size for row in rows] == [row["images"][0].size for row in whole]
+    assert any("not_json: refused 1 rows (GEOS 1)" in message for message in caplog.messages)
+    assert len(list(load_rollouts(str(corpus / "*.jsonl"), streaming=True).take(3))) == 3
+    assert [r["source"] for r in stream.shard(2, 1)] == ["GEOS"] * 6
+
+
+# ---- the Hub
+
+PUSH = """
+import sys
+from trl_mprm.selection import select_files
+select_files(sys.argv[1], sys.argv[2], "mixed", fraction=0.5, seed=4, push_to_hub="someone/kept-rollouts")
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The dataset side of the commit API: small files inline, large ones by LFS; `commits[n][path] = bytes`."""
+
+    commits: list[dict[str, bytes]]
+    lfs: dict[str, bytes]
+
+    def do_GET(self):
+        self._answer({"name": "someone", "auth": {"accessToken": {"role": "write"}}})
+
+    def do_PUT(self):
+        self.lfs[self.path.rsplit("/", 1)[1]] = self._body()
+        self._answer({})
+
+    def do_POST(self):
+        body = self._body()
+        if self.path.endswith("/repos/create"):
+            assert json.loads(body)["type"] == "dataset"
+            self._answer({"url": f"{self._address()}/datasets/someone/kept-rollouts"})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [(name, "lfs" if name.endswith(".parquet") else "regular") for name in names]
+            self._answer({"files": [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes]})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                item | {"actions": {"upload": {"href": f"{self._address()}/lfs/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
+            ]
+            self._answer({"transfer": "basic", "objects": objects})
+        elif "/commit/" in self.path:
+            values = [json.loads(line) for line in body.splitlines()]
+            files = {v["value"]["path"]: base64.b64decode(v["value"]["content"]) for v in values if v["key"] == "file"}
+            files |= {v["value"]["path"]: self.lfs[v["value"]["oid"]] for v in values if v["key"] == "lfsFile"}
+            self.commits.append(files)
+            url = f"{self._address()}/datasets/someone/kept-rollouts/commit/{'0' * 40}"
+            self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": url})
+        else:  # validation of the card
+            self._answer({"warnings": [], "errors": []})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def _answer(self, value: dict) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_push_to_hub(corpus, tmp_path):
+    handler = type("OneHub", (Hub,), {"commits": [], "lfs": {}})
+    argv = [sys.executable, "-c", PUSH, corpus, tmp_path / "kept.jsonl"]
+    with hub_on_this_machine(handler, tmp_path / "home") as env:
+        done = subprocess.run(argv, env=env | {"HF_TOKEN": TOKEN}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (files,) = handler.commits
+    assert set(files) == {"README.md", "selection.json", "data/train-00000-of-00001.parquet"}
+    for secret in (TOKEN, str(tmp_path)):
+        assert not [name for name, content in files.items() if secret.encode() in content]
+    for oid, content in handler.lfs.items():
+        assert hashlib.sha256(content).hexdigest() == oid
+    # the rows hold their pictures
+    kept = Dataset(pq.read_table(io.BytesIO(files["data/train-00000-of-00001.parquet"])))
+    local = load_rollouts(tmp_path / "kept.jsonl", image_root=corpus)
+    assert kept.features["images"] == local.features["images"]
+    assert [row["images"][0].size for row in kept] == [row["images"][0].size for row in local]
+    assert kept["labels"][:] == local["labels"][:]
+    card = files["README.md"].decode()
+    for words in (
+        "path: data/train-*",
+        "6 rollouts with Monte Carlo step scores",
+        "| rule | `mixed`: rollouts with good and bad steps first, the rest at random |",
+        "| GEOS | 7 | 3 | 3 | 1 |",
+        "| `not_json` | 1 |",
+        "trl-mprm select raw --rule mixed --fraction 0.5 --ties hash --seed 4 --output kept",
+    ):
+        assert words in card, words
+    assert json.loads(files["selection.json"])["inputs"] == ["raw"]
+
+
+def test_card_of_a_dataset_of_the_hub(corpus, tmp_path):
+    report = select_files(corpus, tmp_path / "kept.jsonl", fraction=0.5, alpha=0.2, drop_answer_step=True)
+    card = dataset_card("you/kept", report | {"inputs": ["org/rollouts"]})
+    assert card.data.source_datasets == ["org/rollouts"]
+    assert "| alpha | 0.2 |" in card.text and "of org/rollouts." in card.text
+    assert "trl-mprm select org/rollouts --rule bis --fraction 0.5 --alpha 0.2" in card.text
+    assert "--drop-answer-step" in card.text and 'load_dataset("you/kept", split="train")' in card.text

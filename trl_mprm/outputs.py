@@ -1,0 +1,269 @@
+"""
+Kept rows under their final names: JSONL, Parquet, a dataset on this disk, a dataset on the Hub.
+
+In, what each shard gave: a file of kept lines, one of refused rows, the line numbers. Out, for `--output kept/`:
+
+    kept/AI2D.jsonl        the kept lines, byte by byte
+    kept/refused.jsonl     {"file": "raw/AI2D.jsonl", "line": 6, "reason": "score_not_a_number"}
+    kept/selection.json    the evidence
+
+Nothing appears under its name before it is complete, and `selection.json` appears last.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from shlex import join
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetInfo, Features, Value
+from datasets.table import embed_table_storage
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+from .annotation_formats import READ_KEYS, own_text, to_row
+from .files import atomic_output, write_json
+from .images import ImageFinder
+from .rollouts import FEATURES, chunks, find_images, is_hub_id, parse
+from .scan import Emitted
+from .shards import Paths, Shard
+
+
+CARD = Path(__file__).parent / "templates" / "dataset_card.md"
+PARQUET_BYTES = 2**29  # of a file on the Hub
+RULE_TEXTS = {
+    "bis": "the highest Balanced-Information Score, (p_pos (1 - p_pos) + alpha) R",
+    "random": "at random",
+    "mixed": "rollouts with good and bad steps first, the rest at random",
+    "reliable": "the highest mean score of the positive steps (R)",
+    "low_mc": "the lowest mean score",
+}
+SHARES = (
+    ("share of mixed rollouts", "mixed_share"),
+    ("share of steps with score 0", "error_step_share"),
+    ("mean score of a step", "mean_mc"),
+    ("rollouts of an image and a question", "mean_group_size"),
+)
+
+
+class Outputs:
+    """
+    Where the kept rows of one selection go.
+
+    Args:
+        output (`Path`):
+            `*.jsonl`, `*.parquet`, or a folder: one JSONL file for each source, or with `save_to_disk` a dataset.
+        shards (`list` of [`~trl_mprm.shards.Shard`]):
+            Of the inputs.
+        inputs (`str`, path, or `list` of paths):
+            As the user gave them.
+        save_to_disk (`bool`):
+            Write a folder for `datasets.load_from_disk`.
+        image_root (`str` or path, *optional*):
+            Folder of the images. Defaults to the folder of each file.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        shards: list[Shard],
+        inputs: Paths,
+        save_to_disk: bool = False,
+        image_root: str | os.PathLike | None = None,
+    ):
+        self.output, self.shards, self.save_to_disk, self.image_root = output, shards, save_to_disk, image_root
+        self.inputs = [str(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
+        one = save_to_disk or output.suffix in {".jsonl", ".parquet"}
+        self.folder = output.parent if one else output
+        sources = dict.fromkeys(shard.source for shard in shards)
+        self.targets = [output] if one else [output / f"{source}.jsonl" for source in sources]
+        self._check()
+
+    def _check(self) -> None:
+        output = self.output
+        if output.is_file() if self.save_to_disk or output not in self.targets else output.is_dir():
+            raise ValueError(
+                f"{output}: expected a folder, *.jsonl or *.parquet, and this is the other kind: rename it"
+            )
+        if self.save_to_disk and output.is_dir() and any(output.iterdir()) and not (output / "state.json").is_file():
+            raise ValueError(f"{output} is no dataset of an earlier run, and not empty: give an empty folder")
+        used = {Path(shard.file).resolve() for shard in self.shards}
+        for target in self.targets:
+            if target.resolve() in used:
+                raise ValueError(f"{target} is an input and would be overwritten: give another output")
+        if self.folder.resolve() in [Path(item).resolve() for item in self.inputs] and not self.save_to_disk:
+            raise ValueError(
+                f"{output} lies in the input folder, where the next run would read it: give another output"
+            )
+        others = {*self.folder.glob("*.jsonl"), *self.folder.glob("*.parquet")}
+        others -= {*self.targets, self.folder / "refused.jsonl"}
+        if output not in self.targets and others:
+            raise ValueError(
+                f"{self.folder} already holds {min(others).name}, which is not of this run: give an empty folder"
+            )
+
+    def write(self, report: dict, emitted: list[Emitted], parts: Path) -> None:
+        """Put the parts of the shards together, in order, under their final names."""
+        names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
+        report["output"] = {} if self.save_to_disk or self.output.suffix == ".parquet" else _moved(names, emitted)
+        refused = [parts / f"{shard.index}.refused" for shard in self.shards] if report["total"]["refused"] else []
+        if self.save_to_disk:
+            self._write_dataset(report, emitted, parts, refused)
+            return
+        with ExitStack() as stack:  # leaves in reverse order: the report appears last, when all it tells of is there
+            part = stack.enter_context(atomic_output(self.folder / "selection.json"))
+            part.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+            if refused:
+                _join(refused, stack.enter_context(atomic_output(self.folder / "refused.jsonl")))
+            for target in self.targets:
+                part = stack.enter_context(atomic_output(target))
+                if target.suffix == ".parquet":
+                    self._write_parquet(part, self._rows(emitted, parts, report, resolve=False))
+                else:
+                    mine = zip(self.shards, names, strict=True)
+                    _join([parts / f"{shard.index}.kept" for shard, name in mine if name == target.name], part)
+        if not refused:
+            (self.folder / "refused.jsonl").unlink(missing_ok=True)  # of an earlier run
+
+    def _write_dataset(self, report: dict, emitted: list[Emitted], parts: Path, refused: list[Path]) -> None:
+        rows, table = self._rows(emitted, parts, report, resolve=True), parts / "rows.arrow"
+        schema = _features(rows()).arrow_schema
+        with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for chunk in chunks(rows(), 1000):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+        with open(table, "rb") as file:
+            name = hashlib.file_digest(file, "blake2b").hexdigest()[:32]  # the same rows make the same dataset
+        info = DatasetInfo(features=Features.from_arrow_schema(schema))
+        kept = Dataset(datasets.table.MemoryMappedTable.from_file(str(table)), info=info, fingerprint=name)
+        kept.save_to_disk(parts / "dataset")
+        write_json(report, parts / "dataset" / "selection.json")
+        if refused:
+            _join(refused, parts / "dataset" / "refused.jsonl")
+        if self.output.is_dir():
+            self.output.rename(parts / "earlier")
+        (parts / "dataset").rename(self.output)
+
+    def _write_parquet(self, target: Path, rows: Callable[[], Iterator[dict]]) -> None:
+        schema = _features(rows()).arrow_schema
+        with pq.ParquetWriter(target, schema) as writer:
+            for chunk in chunks(rows(), 1000):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+
+    def push_to_hub(self, repo_id: str, report: dict, emitted: list[Emitted], parts: Path) -> None:
+        """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
+        rows, folder = self._rows(emitted, parts, report, resolve=True), parts / "hub"
+        schema = _features(rows()).arrow_schema
+        (folder / "data").mkdir(parents=True)
+        files, writer = [], None
+        for chunk in chunks(rows(), 100):
+            if writer is None:
+                files.append(folder / "data" / f"{len(files)}.parquet")
+                writer = pq.ParquetWriter(files[-1], schema)
+            writer.write_table(embed_table_storage(pa.Table.from_pylist(chunk, schema=schema)))
+            if files[-1].stat().st_size > PARQUET_BYTES:
+                writer.close()
+                writer = None
+        if writer is not None:
+            writer.close()
+        for number, file in enumerate(files):
+            file.rename(folder / "data" / f"train-{number:05d}-of-{len(files):05d}.parquet")
+        public = report | {"inputs": [item if is_hub_id(item) else Path(item).name for item in self.inputs]}
+        write_json(public, folder / "selection.json")
+        dataset_card(repo_id, public).save(folder / "README.md")
+        api = HfApi()
+        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+        api.upload_folder(
+            folder_path=folder, repo_id=repo_id, repo_type="dataset", commit_message="Rollouts of trl-mprm select"
+        )
+
+    def _rows(self, emitted: list[Emitted], parts: Path, report: dict, resolve: bool) -> Callable[[], Iterator[dict]]:
+        """Kept records in the row type, as often as they are asked for. `resolve`: image paths become real paths."""
+        check = resolve and report["images"] == "checked"
+        return partial(self._read_rows, emitted, parts, report["drop_answer_step"], check)
+
+    def _read_rows(self, emitted: list[Emitted], parts: Path, drop_answer_step: bool, check: bool) -> Iterator[dict]:
+        finders: dict[object, ImageFinder] = {}
+        for shard, part in zip(self.shards, emitted, strict=True):
+            root = Path(shard.file).parent if self.image_root is None else self.image_root
+            finder = finders.setdefault(root, ImageFinder(root, check))
+            sources = (source for source, n_rows in part.runs for _ in range(n_rows))
+            with open(parts / f"{shard.index}.kept", "rb") as lines:
+                for line, number, source in zip(lines, part.lines.tolist(), sources, strict=True):
+                    record = parse(line)
+                    own = {
+                        "source": source,
+                        "rollout_id": own_text(record, "rollout_id") or f"{shard.source}:{number}",
+                    }
+                    row = to_row(record, drop_answer_step) | {"images": find_images(record, finder)} | own
+                    yield row | {  # fields that a row has no place for, as text
+                        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                        for key, value in record.items()
+                        if value is not None and key not in row and key not in READ_KEYS
+                    }
+
+
+def _features(rows: Iterator[dict]) -> Features:
+    others = dict.fromkeys(key for row in rows for key in row if key not in FEATURES)
+    return Features({**FEATURES, **{key: Value("string") for key in others}})
+
+
+def _moved(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
+    """Files in which a line cannot tell its source by the name of the file, and the sources of their lines in order."""
+    runs: dict[str, list] = {}
+    for name, part in zip(names, emitted, strict=True):
+        for source, n_rows in part.runs:
+            run = runs.setdefault(name, [])
+            if run and run[-1][0] == source:
+                run[-1][1] += n_rows
+            else:
+                run.append([source, n_rows])
+    return {name: run for name, run in runs.items() if {source for source, _ in run} != {Path(name).stem}}
+
+
+def _join(parts: list[Path], target: Path) -> None:
+    with open(target, "wb") as out:
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, out, 2**20)
+
+
+def dataset_card(repo_id: str, report: dict) -> DatasetCard:
+    """
+    The card of a selection: rule, parameters, counts by source and by reason, and how to build it again.
+
+    Args:
+        repo_id (`str`):
+            Name on the Hub.
+        report (`dict`):
+            What `selection.json` holds.
+    """
+    hub_ids = [item for item in report["inputs"] if is_hub_id(item)]
+    words = ["trl-mprm", "select", *report["inputs"], "--rule", report["rule"], "--fraction", str(report["fraction"])]
+    words += [] if report["alpha"] is None else ["--alpha", str(report["alpha"])]
+    words += ["--ties", report["ties"], "--seed", str(report["seed"])]
+    words += ["--drop-answer-step"] if report["drop_answer_step"] else []
+    data = DatasetCardData(
+        task_categories=["image-text-to-text"],
+        tags=["process-reward-model", "trl-mprm"],
+        source_datasets=hub_ids or None,
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+    )
+    return DatasetCard.from_template(
+        data,
+        template_path=CARD,
+        name=repo_id,
+        report=report,
+        rows=[*report["sources"].items(), ("all", report["total"])],
+        rule=RULE_TEXTS.get(report["rule"], "the highest first"),
+        shares=SHARES,
+        dataset_ids=hub_ids,
+        version=version("trl-mprm"),
+        command=join([*words, "--output", "kept"]),
+    )
