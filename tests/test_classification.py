@@ -98,6 +98,13 @@ def test_a_base_model_by_its_id_gets_a_new_head_and_lora_trains_it(tiny_folders,
         name for name, value in trainer.model.named_parameters() if name in before and (value != before[name]).any()
     }
     assert moved == set(before)
+    trainer.save_model()
+    merged = trainer.model.merge_and_unload().eval()
+    ids = torch.tensor([trainer.processing_class.encode("2+2?2+2\n")])
+    with torch.no_grad():
+        expected = merged(ids).logits[0, -1].softmax(-1)[1].item()
+    prm = ProcessRewardModel.from_pretrained(tmp_path / "prm")
+    assert prm.score([], "2+2?", ["2+2"]) == [pytest.approx(expected, abs=1e-6)]
 
 
 def test_bad_heads(tiny_folders, tmp_path):

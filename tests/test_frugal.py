@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from trl_mprm import DataCollatorForProcessReward, ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
 from trl_mprm.collator import IGNORE_INDEX
-from trl_mprm.sampling import PromptGroupSampler, prompt_groups
+from trl_mprm.sampling import EpochSampler, by_prompt, prompt_groups
 
 
 TEXT_MODELS = ("qwen2", "llama")
@@ -150,6 +150,18 @@ def test_a_picture_is_encoded_once_a_batch(architecture, tiny_folders, tmp_path)
     torch.testing.assert_close(twin.compute_loss(twin.model, twin.data_collator(rows)), loss, atol=1e-6, rtol=1e-6)
 
 
+def test_a_copy_of_a_model_has_its_own_encoder(tiny_folders):
+    prm = ProcessRewardModel.from_pretrained(tiny_folders["qwen2_5_vl"], step_format="vl-prm")
+    twin = copy.deepcopy(prm.model)
+    with torch.no_grad():
+        for parameter in twin.get_encoder("image").parameters():
+            parameter.mul_(2)
+    rows = [{"images": [picture("red")] * 2, "prompt": "q", "completions": ["a"]}]
+    again = ProcessRewardModel(twin, prm.processing_class, prm.step_format)
+    assert again.score_batch(rows) != prm.score_batch(rows)
+    assert not isinstance(twin.get_encoder("image").forward.args[0], type(twin.get_encoder("image").forward))
+
+
 def test_rows_of_equal_length_are_padded_by_less_than_three_percent(tiny_folders, tmp_path):
     rows = [
         {"prompt": "q" * (1 + index * 7 % 90), "completions": ["a" * (1 + index * 13 % 50)] * (1 + index % 4)}
@@ -174,7 +186,7 @@ def test_rows_of_a_question_are_drawn_together(tiny_folders, tmp_path):
     dataset = Dataset.from_list(rows)
     groups = prompt_groups(dataset)
     assert groups == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
-    sampler = PromptGroupSampler(groups, seed=0)
+    sampler = EpochSampler(by_prompt(groups), 12, seed=0)
     orders = []
     for epoch in range(6):
         sampler.set_epoch(epoch)
@@ -316,6 +328,26 @@ def test_overlong_steps_are_counted_in_the_logs(tiny_folders, tmp_path):
     assert expected[1] > 0
     names = ("overlong_rows", "overlong_steps", "overlong_labelled_steps")
     assert [logged[-1][name] for name in names] == expected
+
+
+@pytest.mark.parametrize("kwargs", [{"share_prefix": True}, {"max_length": 90, "overlong": "drop_row"}])
+def test_evaluation_keeps_the_order_of_the_rows(kwargs, tiny_folders, tmp_path):
+    """Own metrics get one line a row that came in; a row that was dropped has no measured step."""
+    rows = rollouts("qwen2_5_vl")
+    seen = []
+    for settings in ({}, kwargs):
+        trainer = make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rows, per_device_eval_batch_size=4, **settings)
+        trainer.compute_other_metrics = lambda prediction: seen.append(prediction) or {}
+        trainer.evaluate(Dataset.from_list(rows))
+    plain, other = seen
+    measured = other.label_ids != IGNORE_INDEX
+    assert len(other.label_ids) == len(rows) and measured.any()
+    assert measured.all(1).sum() < len(rows)
+    assert (plain.label_ids[:, : measured.shape[1]][measured] == other.label_ids[measured]).all()
+    difference = plain.predictions[:, : measured.shape[1]][measured] - other.predictions[measured]
+    assert abs(difference).max() < 1e-5
+    if "max_length" in kwargs:
+        assert 0 < (~measured.any(1)).sum() < len(rows)
 
 
 def test_start_tells_what_is_trained(tiny_folders, tmp_path, capsys):

@@ -218,7 +218,7 @@ def test_a_published_format_is_saved_like_ours(tmp_path):
 def test_bad_input(folder, tiny_folders, tmp_path):
     _, path = folder
     prm = load(folder)
-    with pytest.raises(ValueError, match="row 0 of the batch: step 1 contains the special token '<extra_0>'"):
+    with pytest.raises(ValueError, match="row 0: step 1 contains the special token '<extra_0>'"):
         prm.score([], "q", ["a", "b <extra_0>"])
     with pytest.raises(ValueError, match="1 images came with a text-only model"):
         prm.score([picture("red")], "q", ["a"])

@@ -286,7 +286,9 @@ def test_an_adapter_for_another_base(tiny_folders, tmp_path):
     prm = load(tiny_folders, "qwen2_5_vl")
     adapter = get_peft_model(prm.model, LoraConfig(target_modules=["q_proj"]))
     ProcessRewardModel(adapter, prm.processing_class).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is an adapter of a Qwen2_5_VLForCond.*is a InternVLForCond.*: name the base"):
+    with pytest.raises(
+        ValueError, match="is an adapter of a Qwen2_5_VLForCond.*is a InternVLForCond.*: name the base"
+    ):
         ProcessRewardModel.from_pretrained(tmp_path / "adapter", base_model=tiny_folders["internvl"])
     small = load(tiny_folders, "qwen2_5_vl").model.config
     small.text_config.num_key_value_heads = small.text_config.num_attention_heads = 1
@@ -298,3 +300,36 @@ def test_an_adapter_for_another_base(tiny_folders, tmp_path):
     model._from_config(small).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="of another size: name the base"):
         ProcessRewardModel.from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "small"))
+
+
+def test_palettes_and_undecoded_pictures(tiny_folders, tmp_path):
+    """Two pictures with the same palette indices are two pictures; an undecoded one is the picture it holds."""
+    prm = load(tiny_folders, "qwen2_5_vl")
+    indices = picture("red").convert("P")
+    other = indices.copy()
+    other.putpalette([255 - value for value in indices.getpalette()])
+    rows = [{"images": [image], "prompt": "q", "completions": ["a"]} for image in (indices, other)]
+    first, second = prm.score_batch(rows)
+    assert first != second and second == pytest.approx(prm.score([other.convert("RGB")], "q", ["a"]), abs=1e-6)
+    indices.save(tmp_path / "p.png")
+    undecoded = {"bytes": (tmp_path / "p.png").read_bytes(), "path": None}
+    assert prm.score([undecoded], "q", ["a"]) == pytest.approx(first, abs=1e-6)
+    assert prm.score([{"bytes": None, "path": str(tmp_path / "p.png")}], "q", ["a"]) == pytest.approx(first, abs=1e-6)
+
+
+def test_bad_rows_are_called_by_their_place(tiny_folders):
+    prm = load(tiny_folders, "qwen2")
+    rows = [{"prompt": f"q{index}", "completions": ["a"]} for index in range(20)]
+    for change, message in (
+        ({"completions": "two"}, "row 13: `completions` is 'two', expected a list of steps"),
+        ({"completions": None}, "row 13: `completions` is None, expected a list of steps"),
+        ({"prompt": None}, "row 13: `prompt` is None, expected the question"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prm.score_batch([row | change if index == 13 else row for index, row in enumerate(rows)])
+    # Chat messages as a column of parts holds them.
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "q0"}]
+    prompt = [{"role": "user", "content": parts}]
+    assert prm.as_reward_func()([prompt], ["a"], image=[None]) == [
+        pytest.approx(prm.score([], "q0", ["a"])[0], abs=1e-6)
+    ]

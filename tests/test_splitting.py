@@ -44,3 +44,8 @@ def test_numbered(text, steps):
 def test_unknown_rule():
     with pytest.raises(ValueError, match="by is 'words', expected one of blank_line, numbered"):
         split_steps("a", by="words")
+
+
+def test_many_empty_lines_take_no_time():
+    """Linear in the length: 200,000 line ends would take hours where each were tried against each."""
+    assert split_steps("a" + "\n" * 200_000 + "b") == ["a", "b"]

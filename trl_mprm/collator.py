@@ -92,6 +92,8 @@ class DataCollatorForProcessReward:
             check_labels(row, row_name(row, index))
         if self.counts:
             rows = [_with_count_labels(row, row_name(row, index)) for index, row in enumerate(rows)]
+        n_rows = len(rows)
+        rows = [row | {"row_index": index} for index, row in enumerate(rows)]
         if self.share_prefix:
             rows, batch, dropped = self._shared(rows)
         else:
@@ -99,6 +101,9 @@ class DataCollatorForProcessReward:
             batch = self._plain(rows, rendered, image_tensors)
         if self.max_length is not None:
             batch["overlong"] = torch.tensor(dropped)
+        if self.max_length is not None or self.share_prefix:  # which rows are left, and in which order
+            batch["row_index"] = torch.tensor([row["row_index"] for row in rows])
+            batch["n_rows"] = torch.tensor(n_rows)
         if self.counts:
             batch["mc_total"] = torch.tensor([float(row.get("mc_total", 1)) for row in rows])
         if self.source_weights is not None:
@@ -111,7 +116,8 @@ class DataCollatorForProcessReward:
         for row in rows:
             prompts.setdefault(prompt_key(row), []).append(row)
         alone = [group[0] for group in prompts.values() if len(group) == 1]
-        used, batch, dropped = [], {"groups": []}, [0, 0, 0]
+        # Labels stand first: by them Trainer counts the rows.
+        used, batch, dropped = [], {"labels": None, "groups": []}, [0, 0, 0]
         for group in [alone] * bool(alone) + [group for group in prompts.values() if len(group) > 1]:
             fitting, rendered, image_tensors, group_dropped = self._fitting(group, same_prompt=group is not alone)
             used += fitting
@@ -164,7 +170,7 @@ class DataCollatorForProcessReward:
             if n_kept:
                 fitting.append(row | {key: row[key][:n_kept] for key in ("completions", "labels")})
         if any(dropped):
-            fitting = fitting or [NOTHING]
+            fitting = fitting or [NOTHING | {"row_index": rows[0]["row_index"]}]
             rendered, image_tensors = render_rows(fitting, self.processing_class, self.step_format, same_prompt)
         return fitting, rendered, image_tensors, dropped
 

@@ -118,6 +118,8 @@ class ProcessRewardConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if self.class_weights is not None and (len(self.class_weights) != 2 or min(self.class_weights) < 0):
             raise ValueError(f"class_weights is {self.class_weights}, expected two of at least 0: for good, for bad")
+        if not self.step_separator:
+            raise ValueError("step_separator is empty, expected text that ends a step")
         if self.reward_head == "classification" and (self.share_prefix or self.loss_type == "beta_binomial"):
             raise ValueError('share_prefix and loss_type="beta_binomial" need reward_head="lm"')
         if len(self.reward_tokens) != 2:

@@ -11,7 +11,7 @@ patches of one grid.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,30 +21,30 @@ from transformers import PreTrainedModel
 def encode_distinct_images(model: PreTrainedModel) -> None:
     """Let the vision encoder of `model` encode equal pictures of a batch once."""
     encoder = model.get_encoder("image")
-    forward = encoder.forward
+    if not isinstance(encoder.forward, functools.partial):
+        once = functools.partial(_forward_distinct, encoder.forward)
+        encoder.forward = functools.update_wrapper(once, encoder.forward)
 
-    @functools.wraps(forward)
-    def forward_distinct(*args: Any, **kwargs: Any) -> Any:
-        name, pixels = ("", args[0]) if args else next(iter(kwargs.items()))
-        others = dict(kwargs) if args else {key: value for key, value in kwargs.items() if key != name}
-        grid = others.get("grid_thw")
-        if len(args) > 1 or pixels.ndim < 2:
-            return forward(*args, **kwargs)
-        sizes = [1] * len(pixels) if grid is None else grid.prod(-1).tolist()
-        # What else has a row a picture, as a mask of patches.
-        aligned = {
-            key: value for key, value in others.items() if isinstance(value, torch.Tensor) and len(value) == len(sizes)
-        }
-        parts = list(zip(pixels.split(sizes), *(value.split(1) for value in aligned.values()), strict=True))
-        place, first = _places(parts)
-        if len(first) == len(parts):
-            return forward(*args, **kwargs)
-        others |= {key: value[first] for key, value in aligned.items()}
-        distinct = torch.cat([parts[index][0] for index in first])
-        output = forward(distinct, **others) if args else forward(**{name: distinct}, **others)
-        return _spread(output, [sizes[index] for index in first], place)
 
-    encoder.forward = forward_distinct
+def _forward_distinct(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    name, pixels = ("", args[0]) if args else next(iter(kwargs.items()))
+    others = dict(kwargs) if args else {key: value for key, value in kwargs.items() if key != name}
+    grid = others.get("grid_thw")
+    if len(args) > 1 or pixels.ndim < 2:
+        return forward(*args, **kwargs)
+    sizes = [1] * len(pixels) if grid is None else grid.prod(-1).tolist()
+    # What else has a row a picture, as a mask of patches.
+    aligned = {
+        key: value for key, value in others.items() if isinstance(value, torch.Tensor) and len(value) == len(sizes)
+    }
+    parts = list(zip(pixels.split(sizes), *(value.split(1) for value in aligned.values()), strict=True))
+    place, first = _places(parts)
+    if len(first) == len(parts):
+        return forward(*args, **kwargs)
+    others |= {key: value[first] for key, value in aligned.items()}
+    distinct = torch.cat([parts[index][0] for index in first])
+    output = forward(distinct, **others) if args else forward(**{name: distinct}, **others)
+    return _spread(output, [sizes[index] for index in first], place)
 
 
 def _places(parts: list[tuple[torch.Tensor, ...]]) -> tuple[list[int], list[int]]:

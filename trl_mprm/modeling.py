@@ -276,6 +276,7 @@ def fill_peft_config(
         peft_config.target_modules = decoder_linears(model)
     if reward_head == "classification":
         peft_config.modules_to_save = peft_config.modules_to_save or ["score"]
+        peft_config.task_type = "TOKEN_CLS"
     elif peft_config.trainable_token_indices is None:
         embeddings = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is embeddings)

@@ -14,6 +14,7 @@ Published checkpoints were trained on other layouts; each is a [`StepFormat`] to
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -61,8 +62,8 @@ def images_of(row: dict[str, Any]) -> Sequence[Any]:
 def prompt_key(row: dict[str, Any]) -> tuple:
     """The same for rows with the same images and question; a picture in memory counts by its pixels."""
     return json.dumps(row["prompt"]), *(
-        f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
-        if isinstance(image, Image.Image)
+        hashlib.sha256(open_image(image).tobytes()).hexdigest()
+        if isinstance(image, Image.Image | dict)
         else str(image)
         for image in images_of(row)
     )
@@ -94,6 +95,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"`prompt` is {prompt!r:.60}, expected the question, or a list of chat messages")
     return prompt if isinstance(prompt, str) else "\n".join(texts_of(prompt))
 
 
@@ -112,16 +115,23 @@ def texts_of(messages: list[dict[str, Any]]) -> list[str]:
     """All texts in a conversation, whether contents are text or lists of parts."""
     contents = [message["content"] for message in messages]
     parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
-    return [
-        part if isinstance(part, str) else part["text"] for part in parts if isinstance(part, str) or "text" in part
-    ]
+    texts = [part if isinstance(part, str) else part.get("text") for part in parts]
+    return [text for text in texts if text is not None]  # a column of parts has `text: None` for an image
 
 
-def open_image(image: Image.Image | str | os.PathLike) -> Image.Image:
-    """Open a path, or take an image as it is, in RGB. Raises `ValueError` where the file is not a whole image."""
+def open_image(image: Image.Image | str | os.PathLike | dict[str, Any]) -> Image.Image:
+    """
+    Take an image in RGB as it is, or open a path or what an undecoded column holds (`{"bytes", "path"}`).
+
+    Raises `ValueError` where the file is not a whole image.
+    """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:
+        if isinstance(image, dict):
+            return Image.open(image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])).convert(
+                "RGB"
+            )
         return Image.open(image).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow: SyntaxError for a broken PNG
         raise ValueError(f"cannot read image {image}: {error}") from error
@@ -203,6 +213,8 @@ def render_steps(
 
 
 def _check_steps(completions: Sequence[str]) -> None:
+    if not isinstance(completions, Sequence) or isinstance(completions, str):
+        raise ValueError(f"`completions` is {completions!r:.60}, expected a list of steps: split the text first")
     for number, step in enumerate(completions):
         if not isinstance(step, str) or not step.strip():
             raise ValueError(f"step {number} is {step!r}, expected text: remove the empty step and its label")

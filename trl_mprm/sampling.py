@@ -7,15 +7,21 @@ The order in which a training draws its rows.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .rendering import ProcessingClass, render_rows
 from .step_format import StepFormat
+
+
+def _digest(image: bytes) -> str:
+    return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
 def prompt_groups(dataset: Dataset) -> list[list[int]]:
@@ -36,36 +42,52 @@ def prompt_groups(dataset: Dataset) -> list[list[int]]:
     index = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         for row in table.to_pylist():
-            key = hashlib.blake2b(json.dumps(row, default=bytes.hex, sort_keys=True).encode(), digest_size=16).digest()
+            key = hashlib.blake2b(json.dumps(row, default=_digest, sort_keys=True).encode(), digest_size=16).digest()
             groups.setdefault(key, []).append(index)
             index += 1
     return list(groups.values())
 
 
-class PromptGroupSampler(torch.utils.data.Sampler):
+class EpochSampler(torch.utils.data.Sampler):
     """
-    Draw groups in random order, the rows of a group one after the other; the same in every process.
+    An order that depends on seed and epoch alone: the same in every process, and after a resumption.
 
     Args:
-        groups (`list[list[int]]`):
-            From [`prompt_groups`].
+        order (`Callable`):
+            From a generator to row numbers, as [`by_prompt`] or [`by_length`] make it.
+        n_rows (`int`):
+            How many they are.
         seed (`int`):
             Seed of the order, which is another one in each epoch.
     """
 
-    def __init__(self, groups: list[list[int]], seed: int):
-        self.groups, self.seed, self.epoch = groups, seed, 0
+    def __init__(self, order: Callable[[torch.Generator], Iterable[int]], n_rows: int, seed: int):
+        self.order, self.n_rows, self.seed, self.epoch = order, n_rows, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(map(len, self.groups))
+        return self.n_rows
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        for number in torch.randperm(len(self.groups), generator=generator).tolist():
-            yield from self.groups[number]
+        return iter(self.order(torch.Generator().manual_seed(self.seed + self.epoch)))
+
+
+def by_prompt(groups: list[list[int]]) -> Callable[[torch.Generator], Iterable[int]]:
+    """Groups of [`prompt_groups`] in random order, the rows of a group one after the other."""
+
+    def order(generator: torch.Generator) -> Iterator[int]:
+        return chain.from_iterable(
+            groups[number] for number in torch.randperm(len(groups), generator=generator).tolist()
+        )
+
+    return order
+
+
+def by_length(lengths: list[int], batch_size: int) -> Callable[[torch.Generator], Iterable[int]]:
+    """Rows of like length in a batch, as Trainer groups them."""
+    return lambda generator: get_length_grouped_indices(lengths, batch_size, generator=generator)
 
 
 @dataclass(frozen=True)

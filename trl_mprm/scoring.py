@@ -110,27 +110,37 @@ class ProcessRewardModel:
             except HFValidationError as error:
                 raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
         step_format = step_format or StepFormat.load(folder)
-        if step_format.head is not None:
+        is_adapter = (folder / "adapter_config.json").is_file()
+        if step_format.head is not None and quantization_config is not None:
+            raise ValueError(
+                "a checkpoint with a classification head is not loaded in 4 bit: leave the quantisation out"
+            )
+        if step_format.head is not None and not is_adapter:
             model = load_step_classifier(str(folder), step_format.head, **model_init_kwargs)
             return cls(model, load_processing_class(str(folder), vision=False), step_format)
-        is_adapter = (folder / "adapter_config.json").is_file()
         if is_adapter:
             peft_config = PeftConfig.from_pretrained(folder)
             if base_model is None:
                 base_model, base_revision = peft_config.base_model_name_or_path, peft_config.revision
                 model_init_kwargs = {**({"revision": base_revision} if base_revision else {}), **model_init_kwargs}
-        model = load_model(base_model if is_adapter else str(folder), quantization_config, **model_init_kwargs)
+        reward_head = "lm" if step_format.head is None else "classification"
+        source = base_model if is_adapter else str(folder)
+        model = load_model(source, quantization_config, reward_head, **model_init_kwargs)
         processing_class = load_processing_class(str(folder), is_vision_language(model.config))
         if is_adapter:
             trained_on = (peft_config.auto_mapping or {}).get("base_model_class", type(model).__name__)
             misfit = f"{model_id} is an adapter of a {trained_on}, and {base_model} is a {type(model).__name__}"
             if trained_on != type(model).__name__:
                 raise ValueError(f"{misfit}: name the base it was trained on (base_model)")
-            add_marker(model, processing_class, step_format)
+            if step_format.head is None:
+                add_marker(model, processing_class, step_format)
             try:
                 model = PeftModel.from_pretrained(model, folder, use_safetensors=True)
             except RuntimeError as error:  # torch lists every tensor of another shape
                 raise ValueError(f"{misfit} of another size: name the base it was trained on (base_model)") from error
+        if step_format.head is not None:
+            merged = model.merge_and_unload()
+            model = StepClassifier(merged.base_model, merged.get_submodule(step_format.head))
         return cls(model, processing_class, step_format)
 
     def merge_and_unload(self) -> "ProcessRewardModel":
@@ -231,7 +241,9 @@ class ProcessRewardModel:
         logits: dict[int, torch.Tensor] = {}
         with tqdm(total=len(rows), desc="Scoring", unit="row", delay=2) as progress, torch.inference_mode():
             for score, chunk in chunks:
-                logits |= zip(chunk, score([rows[index] for index in chunk], max_batch_tokens), strict=True)
+                # A row without a name is called by its place in `rows`, not in the chunk.
+                named = [{"rollout_id": str(index)} | rows[index] for index in chunk]
+                logits |= zip(chunk, score(named, max_batch_tokens), strict=True)
                 progress.update(len(chunk))
         return [logits[index] for index in range(len(rows))]
 
@@ -357,7 +369,9 @@ class ProcessRewardModel:
         def process_reward(
             prompts: list, completions: list, images: list | None = None, image: list | None = None, **kwargs: Any
         ) -> list[float]:
-            pictures = images if images is not None else [[one] for one in image] if image is not None else None
+            pictures = images
+            if images is None and image is not None:
+                pictures = [[] if one is None else [one] for one in image]
             rows = []
             for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
                 row_images = pictures[index] if pictures is not None else []

@@ -15,7 +15,7 @@ BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 # "Step 1:", "**Step 2.**", "### Step 3", "4. ", "5) " at the beginning of a line.
 NUMBERED = re.compile(r"\n(?=[^\S\n]*(?:#+ *|\*\*)?(?:step +\d+\b|\d+[.)] ))", re.IGNORECASE)
 # The last line, where it states the answer: "Final answer: 2", "**Answer:** B", "†Answer: 3", "The final answer is 7."
-FINAL_ANSWER = re.compile(r"\n(?=[^\S\n]*[*#†\s]*(?:the +)?(?:final +)?answer\b[^\n]*\s*\Z)", re.IGNORECASE)
+FINAL_ANSWER = re.compile(r"\n(?=[*#†\t ]*+(?:the +)?(?:final +)?answer\b[^\n]*\s*\Z)", re.IGNORECASE)
 SPLITS = {"blank_line": BLANK_LINE, "numbered": NUMBERED}
 
 

@@ -51,14 +51,14 @@ from .modeling import (
     train_marker_in_place,
 )
 from .rendering import ProcessingClass, check_prompt, row_name, special_tokens, tokenizer_of
-from .sampling import PromptGroupSampler, WithLength, prompt_groups
+from .sampling import EpochSampler, WithLength, by_length, by_prompt, prompt_groups
 from .shared_prefix import can_share_prefix, run_prefix
 
 
 logger = logging.getLogger(__name__)
 
 # What a batch holds beside the features of the model.
-NO_FEATURES = ("labels", "overlong", "mc_total", "row_weights")
+NO_FEATURES = ("labels", "overlong", "row_index", "n_rows", "mc_total", "row_weights")
 
 
 class DecoderInputGradients(TrainerCallback):
@@ -124,7 +124,7 @@ class ProcessRewardTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: rows with `prompt`, `completions` and `labels`")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
-            check_dataset(dataset, name)
+            check_dataset(dataset, name, counts=args is not None and args.loss_type == "beta_binomial")
         model_id = model if isinstance(model, str) else model.name_or_path
         if args is None:
             args = ProcessRewardConfig(f"{Path(model_id).name or 'model'}-PRM")
@@ -153,13 +153,13 @@ class ProcessRewardTrainer(Trainer):
             if isinstance(dataset, IterableDataset):  # dispatching would cut a batch of pictures by rows
                 args.accelerator_config.dispatch_batches = False
         if is_vision_language(model.config):
-            encode_distinct_images(model)
+            if args.ddp_find_unused_parameters is None:  # rows without image leave the projector without gradient
+                args.ddp_find_unused_parameters = True
+            encode_distinct_images(base_of(model))
             if args.freeze_vision_encoder:
                 freeze_vision_encoder(model)
         if args.share_prefix and not can_share_prefix(model):
             raise ValueError(f"share_prefix: {type(model).__name__} keeps more of its past than keys and values")
-        if args.share_prefix and isinstance(train_dataset, Dataset):
-            self.prompt_groups = prompt_groups(train_dataset)
         if args.train_sampling_strategy == "group_by_length":
             count = WithLength(processing_class, self.step_format, args.length_column_name)
             train_dataset, eval_dataset = (
@@ -227,7 +227,7 @@ class ProcessRewardTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if "overlong" in inputs:
-            self.overlong += inputs["overlong"].cpu()
+            self.overlong = self.overlong.to(inputs["overlong"].device) + inputs["overlong"]
         logits, labels, counts = self._marker_logits(model, inputs)
         loss = self._step_losses(logits, labels, counts, inputs).sum()
         if num_items_in_batch is None:
@@ -260,6 +260,21 @@ class ProcessRewardTrainer(Trainer):
             }
             logits.append(self._forward(self.model, continuation, group["markers"]))
         return torch.cat(logits)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        """As Trainer does, but a full model by its own loader: some keep other names in a checkpoint than in memory."""
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
+            model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, Any], markers: torch.Tensor) -> torch.Tensor:
         features = {name: value for name, value in inputs.items() if name not in NO_FEATURES}
@@ -304,6 +319,10 @@ class ProcessRewardTrainer(Trainer):
         padded = [torch.full(filled.shape, float(IGNORE_INDEX), device=counts.device) for _ in range(3)]
         for target, values in zip(padded, (good_minus_bad(logits), losses, labels.float()), strict=True):
             target[filled] = values
+        if "row_index" in inputs:  # back to the rows that came in, in their order; what was dropped stays -100
+            for number, values in enumerate(padded):
+                padded[number] = values.new_full((int(inputs["n_rows"]), values.shape[1]), IGNORE_INDEX)
+                padded[number][inputs["row_index"]] = values
         return None, (padded[0], padded[1]), padded[2]
 
     def compute_step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -332,11 +351,16 @@ class ProcessRewardTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        if self.args.share_prefix and self.prompt_groups is not None:
-            return PromptGroupSampler(self.prompt_groups, self.args.data_seed or self.args.seed)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, Dataset):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            if self.args.share_prefix:
+                return EpochSampler(by_prompt(prompt_groups(dataset)), len(dataset), seed)
+            if self.args.train_sampling_strategy == "group_by_length":
+                lengths = dataset[self.args.length_column_name][:]
+                batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+                return EpochSampler(by_length(lengths, batch_size), len(dataset), seed)
         return super()._get_train_sampler(train_dataset)
-
-    prompt_groups: list[list[int]] | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -457,11 +481,12 @@ def _columns(dataset: Dataset, *names: str) -> pa.Table:
     return dataset.select_columns(list(names)).with_format("arrow")[:]
 
 
-def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
+def check_dataset(dataset: Dataset | IterableDataset, name: str, counts: bool = False) -> None:
     """Raise `ValueError` for the first row without steps or usable labels, before training; streams fail at the row."""
     if isinstance(dataset, IterableDataset):
         return
-    missing = {"prompt", "completions", "labels"} - set(dataset.column_names)
+    expected = {"prompt", "completions", "labels"} | ({"mc_counts", "mc_total"} if counts else set())
+    missing = expected - set(dataset.column_names)
     if missing:
         raise ValueError(
             f"{name} has no column {', '.join(sorted(missing))}; it has {', '.join(dataset.column_names)}: "
