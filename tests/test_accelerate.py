@@ -139,7 +139,7 @@ def train(
         model=model,
         args=args,
         train_dataset=load_from_disk(rows),
-        eval_dataset=load_from_disk(rows).select(range(8 if args.share_prefix else 7)),
+        eval_dataset=load_from_disk(rows).select(range(7)),
         peft_config=LoraConfig(r=4) if lora else None,
     )
     trainer.train(resume_from_checkpoint=resume)
