@@ -83,6 +83,14 @@ def test_shared_prefix_under_activation_checkpointing(architecture, tiny_folders
     assert passes == 2 * 2 * 3  # every layer runs again for the backward pass: it was checkpointed
 
 
+def test_a_collator_that_shares_under_a_trainer_that_does_not(tiny_folders, tmp_path):
+    rows = rollouts("qwen2")
+    trainer = make_trainer(tiny_folders, "qwen2", tmp_path, rows)
+    trainer.data_collator.share_prefix = True
+    with pytest.raises(ValueError, match="set share_prefix=True"):
+        trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+
+
 def test_shared_prefix_of_an_adapter(tiny_folders, tmp_path):
     rows, peft_config = rollouts("qwen2_5_vl"), LoraConfig(r=4, init_lora_weights=False)
     plain = gradients(make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rows, peft_config), rows)

@@ -244,6 +244,8 @@ class ProcessRewardTrainer(Trainer):
         """Logits `(steps, tokens read)` and labels `(steps,)` of the labelled steps, and how many a row has `(rows,)`."""
         measured = inputs["labels"] != IGNORE_INDEX
         if "groups" in inputs:
+            if not self.args.share_prefix:
+                raise ValueError("the data collator shares prefixes and the trainer does not: set share_prefix=True")
             logits = model(groups=inputs)
         else:
             logits = self._forward(model, inputs, measured)
