@@ -1,10 +1,13 @@
 import os
+import secrets
 
 
 # Before any Hugging Face import: no hub, no telemetry, and few threads on a small machine.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before Ray is imported, which the doctests do first: nothing is reported, and no token is written to the home folder.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 import threading
 from collections.abc import Iterator

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import secrets
 import signal
 import sys
 import threading
@@ -20,8 +19,6 @@ from trl_mprm.selection import select_files
 from trl_mprm.shards import plan_shards
 
 
-# Nothing is reported, and no token is written to the home folder.
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 ray = pytest.importorskip("ray", reason='needs pip install "trl-mprm[ray]"')
 pytestmark = pytest.mark.slow
 
