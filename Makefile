@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install
+.PHONY: demo study test lint install
 
 # make demo            the main job on the embedded default, about eight minutes on two cores
 # make demo QUICK=1    smaller, one seed, about two minutes
 # make demo QLORA=1    the same on a base in 4-bit NF4
 demo: install
 	$(BIN)/trl-mprm demo $(if $(QUICK),--quick) $(if $(QLORA),--qlora)
+
+# make study           the paper's study in miniature, about two hours on two cores; stopped, it goes on when started again
+study: install
+	$(BIN)/python recipes/study/study.py
 
 test: install
 	$(BIN)/python -m pytest

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def run_demo(
     # The models are so small that two trainings of one thread each go nearly twice as fast as one of two threads.
     log, spawn = output_dir / "training.log", get_context("spawn")
     log.unlink(missing_ok=True)
-    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=_start_worker, initargs=(log,)) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start_worker, initargs=(log,)) as pool:
         bar = {"desc": f"worlds of {settings.problems:,} problems, {settings.num_mc} continuations a step"}
         worlds = pool.map(make_world, [output_dir / f"seed-{seed}" for seed in seeds], repeat(settings), seeds)
         corpora = dict(zip(seeds, tqdm(worlds, total=len(seeds), **bar), strict=True))
@@ -114,7 +115,7 @@ def run_demo(
     return results
 
 
-def _start_worker(log: Path) -> None:
+def start_worker(log: Path) -> None:
     """One thread, and all bars and logs of a worker into one file."""
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -155,7 +156,10 @@ def run_subset(output_dir: Path, settings: Settings, subset: str, seed: int, qlo
         prm = zero_shot_prm()
     else:
         adapter = qlora or subset.endswith("-lora")
-        trainer = train(rows, validation, selection, folder / subset, settings, seed, adapter, qlora)
+        trainer = make_trainer(rows, validation, selection, folder / subset, settings, seed, adapter, qlora)
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_model()
         prm, steps = load_prm(folder / subset, qlora), trainer.state.global_step
     seconds = time.time() - started
     benchmark = read_benchmark(folder / "benchmark")
@@ -195,14 +199,14 @@ def select_rows(
     return rows.remove_columns("labels").add_column("labels", labels), None
 
 
-def train(
+def make_trainer(
     rows: Dataset, validation: Dataset, selection: dict | None, output_dir: Path, settings: Settings, seed: int,
-    adapter: bool = False, qlora: bool = False,
+    adapter: bool = False, qlora: bool = False, base: Path = BASE_MODEL, **config: Any,
 ) -> ProcessRewardTrainer:  # fmt: skip
-    """Train one process reward model with its card: the same recipe for every subset."""
+    """The trainer of one process reward model: the same recipe for every subset, but for `config`."""
     lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank)
-    trainer = ProcessRewardTrainer(
-        model=str(BASE_MODEL),
+    return ProcessRewardTrainer(
+        model=str(base),
         args=ProcessRewardConfig(
             output_dir=str(output_dir),
             hub_model_id=f"miniature-mprm-{output_dir.name}",  # the name on the card
@@ -214,6 +218,7 @@ def train(
             report_to="none",
             logging_steps=50,
             dataloader_pin_memory=False,
+            **config,
         ),
         train_dataset=rows,
         eval_dataset=validation,
@@ -221,10 +226,6 @@ def train(
         quantization_config=nf4() if qlora else None,
         selection=selection,
     )
-    trainer.train()
-    trainer.evaluate()
-    trainer.save_model()
-    return trainer
 
 
 def nf4() -> BitsAndBytesConfig:
@@ -235,9 +236,9 @@ def load_prm(folder: Path, qlora: bool) -> ProcessRewardModel:
     return ProcessRewardModel.from_pretrained(folder, quantization_config=nf4() if qlora else None)
 
 
-def zero_shot_prm() -> ProcessRewardModel:
+def zero_shot_prm(base: Path = BASE_MODEL) -> ProcessRewardModel:
     """The base as it is, read at a marker that it has never seen."""
-    model, processor = load_model(str(BASE_MODEL)), load_processing_class(str(BASE_MODEL), vision=True)
+    model, processor = load_model(str(base)), load_processing_class(str(base), vision=True)
     add_marker(model, processor, StepFormat())
     return ProcessRewardModel(model, processor)
 

@@ -1,0 +1,220 @@
+"""
+The paper's 10% study in miniature: which subset of Monte-Carlo-annotated rollouts trains the best process reward model?
+
+Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, about two hours on two cores; a run
+that is stopped goes on where it was when the command is given again.
+
+A run is an arm (which rows, which labels, how often) in a world (the noise, the policy, the base) with a seed, which
+draws data, benchmark, selection, order and fresh weights:
+
+    {"world": "standard", "arm": "bis10", "seed": 21, "rollouts": 1597, "macro_f1_step_weighted": 0.806, "auc": 0.861, ...}
+
+World, base, sizes and hyper-parameters are `trl_mprm/demo/settings.py`: calibrated on seeds 101 to 107 without a look at
+BIS, frozen, and measured for the demo on seeds 11 to 15. The arms, worlds and seeds below were written before the first
+of their runs; nothing had seen seeds 21 to 25.
+"""
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from trl_mprm import ProcessRewardModel, evaluate_model, load_rollouts, read_benchmark, select
+from trl_mprm.demo.base import BASE_MODEL, train_base
+from trl_mprm.demo.run import make_trainer, make_world, start_worker, zero_shot_prm
+from trl_mprm.demo.settings import DEMO, Settings
+from trl_mprm.files import write_json
+
+
+SEEDS = (21, 22, 23, 24, 25)
+WEAKER_BASE_UPDATES = 1000  # half of the base's own
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Which rows, which labels, how often: all that differs between the runs of one world."""
+
+    rule: str | None = "bis"  # None: the base as it is
+    fraction: float = 1.0
+    alpha: float = 0.2
+    ties: str = "first"
+    true_labels: bool = False
+    num_train_epochs: int = 1
+    loss_type: str = "hard"
+    hard_threshold: float = 0.0
+
+
+def bis(percent: int, **changes: Any) -> Arm:
+    """Alpha as in the paper's code: 0.2 at 10% and, our reading, below; 0.05 at 25% and, our reading, everywhere else."""
+    return replace(Arm(fraction=percent / 100, alpha=0.2 if percent <= 10 else 0.05), **changes)
+
+
+def other(rule: str, percent: int, **changes: Any) -> Arm:
+    return replace(Arm(rule, percent / 100), **changes)
+
+
+FRACTIONS = (5, 10, 15, 25, 35, 50)
+FULL = other("random", 100)
+ARMS = {
+    "zero-shot": Arm(rule=None),
+    **{f"random{percent}": other("random", percent) for percent in FRACTIONS},
+    **{f"bis{percent}": bis(percent) for percent in FRACTIONS},
+    "full": FULL,
+    "true10": other("random", 10, true_labels=True),
+    **{f"{rule}{percent}": other(rule, percent) for percent in (10, 25) for rule in ("mixed", "reliable", "low_mc")},
+    **{f"bis10-alpha{alpha}": bis(10, alpha=alpha) for alpha in (0.02, 0.05, 0.1, 0.5)},
+    "bis10-hash": bis(10, ties="hash"),
+    "full-1/N": replace(FULL, hard_threshold=1 / DEMO.num_mc),
+    "full-2/N": replace(FULL, hard_threshold=2 / DEMO.num_mc),
+    "full-soft": replace(FULL, loss_type="soft"),
+    "random25x4": other("random", 25, num_train_epochs=4),  # as many updates as full
+    "true-full": replace(FULL, true_labels=True),
+    "bis25-hash": bis(25, ties="hash"),
+    **{f"bis25-alpha{alpha}": bis(25, alpha=alpha) for alpha in (0.02, 0.2)},
+}
+
+
+def worlds(folder: Path) -> dict[str, tuple[Settings, Path]]:
+    """Settings and base of every world; each but the first differs from the first in one thing."""
+    better, worse = (replace(DEMO.policy, hard_weights=weights) for weights in
+                     ((0.70, 0.26, 0.03, 0.01), (0.38, 0.48, 0.09, 0.05)))  # fmt: skip
+    return {
+        "standard": (DEMO, BASE_MODEL),
+        "lighter noise": (replace(DEMO, options=((0, 1.0),)), BASE_MODEL),  # no answer can be guessed
+        "heavier noise": (replace(DEMO, options=((0, 0.1), (2, 0.45), (4, 0.45))), BASE_MODEL),
+        "better policy": (replace(DEMO, policy=better), BASE_MODEL),
+        "worse policy": (replace(DEMO, policy=worse), BASE_MODEL),
+        "weaker base": (DEMO, folder / "weaker-base"),
+    }
+
+
+def plan() -> list[tuple[str, str, int]]:
+    """World, arm and seed of every run, what matters most first."""
+    arms = list(ARMS)
+    core, more, last = arms[: arms.index("mixed10")], arms[arms.index("mixed10") :], arms.index("full-1/N")
+    cheap, dear = more[: last - len(core)], more[last - len(core) :]
+    few = ("zero-shot", "random10", "bis10")
+    robustness = [(world, arm) for world in list(worlds(Path()))[1:] for arm in few]
+    blocks = [("standard", arm) for arm in core], [("standard", arm) for arm in cheap] + robustness
+    tasks = [(world, arm, seed) for block in blocks for seed in SEEDS for world, arm in block]
+    return tasks + [("standard", arm, seed) for seed in SEEDS for arm in dear]
+
+
+def build_world(folder: Path, settings: Settings, seed: int) -> None:
+    """Corpus, validation split and benchmark of one world and seed; statistics last, so they say that all is there."""
+    if not (folder / "statistics.json").is_file():
+        write_json(make_world(folder, settings, seed), folder / "statistics.json")
+
+
+@lru_cache(maxsize=1)  # tasks of one world and seed follow each other
+def load_world(folder: Path) -> tuple[Dataset, Dataset, dict[str, list[int]]]:
+    """Rollouts of the corpus and of the validation split, and the true labels of the corpus by rollout."""
+    rows, validation = (
+        load_rollouts(folder / part / "annotations", image_root=folder / part) for part in ("corpus", "validation")
+    )
+    return rows, validation, json.loads((folder / "corpus" / "true_labels.json").read_text(encoding="utf-8"))
+
+
+def subset_figures(mc_scores: list[list[float]], truth: list[list[int]]) -> dict[str, float]:
+    """What is wrong with the labels of a subset: only a made world knows."""
+    steps, true = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (mc_scores, truth))
+    mixed = [0 < sum(score > 0 for score in row) < len(row) for row in mc_scores]
+    return {
+        "steps": len(steps),
+        "error_steps": float((steps == 0).mean()),
+        "mixed_rollouts": float(np.mean(mixed)),
+        "mean_mc": float(steps.mean()),
+        "wrong_but_positive": float((steps[true == 0] > 0).mean()),
+    }
+
+
+def run(output_dir: Path, world: str, arm_name: str, seed: int, record: Path) -> None:
+    """Select, train, evaluate, write one record."""
+    print(f"{world}, {arm_name}, seed {seed}", flush=True)
+    started, arm = time.time(), ARMS[arm_name]
+    settings, base = worlds(output_dir)[world]
+    folder = output_dir / "worlds" / data_name(world, seed)
+    result = {"world": world, "arm": arm_name, "seed": seed, "rollouts": 0, "optimizer_steps": 0}
+    if arm.rule is None:
+        prm = zero_shot_prm(base)
+    else:
+        scored, validation, truth = load_world(folder)
+        kept = select(scored, arm.rule, fraction=arm.fraction, alpha=arm.alpha, ties=arm.ties, seed=seed)
+        rows = scored.select(kept.indices)
+        true_labels = [truth[rollout] for rollout in rows["rollout_id"]]
+        result |= {"rollouts": len(rows)} | subset_figures(rows["mc_scores"], true_labels)
+        if arm.true_labels:
+            labels = [[-100.0 if v < 0 else float(v) for v in row] for row in true_labels]
+            rows = rows.remove_columns("labels").add_column("labels", labels)
+        config = {name: getattr(arm, name) for name in ("num_train_epochs", "loss_type", "hard_threshold")}
+        with TemporaryDirectory() as scratch:
+            trainer = make_trainer(
+                rows, validation, kept.report, Path(scratch), settings, seed, base=base, disable_tqdm=True, **config
+            )
+            trainer.train()
+        result["optimizer_steps"] = trainer.state.global_step
+        prm = ProcessRewardModel(trainer.model, trainer.processing_class)
+    metrics = evaluate_model(prm, read_benchmark(folder / "benchmark"), batch_size=64)
+    names = ("macro_f1_step_weighted", "macro_f1_pooled", "macro_f1_source_mean", "auc", "threshold_protocol")
+    write_json(result | {k: metrics[k] for k in names} | {"seconds": round(time.time() - started, 1)}, record)
+
+
+def data_name(world: str, seed: int) -> str:
+    """The weaker base is measured on the very data of the standard world."""
+    return f"{'standard' if world == 'weaker base' else world}-{seed}".replace(" ", "-")
+
+
+def run_all(output_dir: Path) -> None:
+    """Every run of the plan that has no record yet."""
+    records = {task: output_dir / "records" / f"{'-'.join(map(str, task))}.json".replace(" ", "-").replace("/", "_")
+               for task in plan()}  # fmt: skip
+    tasks = {task: record for task, record in records.items() if not record.is_file()}
+    print(f"{len(records) - len(tasks)} of {len(records)} runs are done")
+    if not tasks:
+        return
+    (output_dir / "records").mkdir(parents=True, exist_ok=True)
+    begin = time.time()
+    log = output_dir / "training.log"
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=start_worker, initargs=(log,)) as pool:
+        settings = worlds(output_dir)
+        needed = dict.fromkeys((data_name(world, seed), world, seed) for world, _, seed in tasks)
+        waiting = [pool.submit(build_world, output_dir / "worlds" / name, settings[world][0], seed)
+                   for name, world, seed in needed]  # fmt: skip
+        weaker = settings["weaker base"][1]
+        if not (weaker / "processor_config.json").is_file():
+            waiting.append(pool.submit(train_base, weaker, WEAKER_BASE_UPDATES))
+        for future in tqdm(as_completed(waiting), total=len(waiting), desc="worlds, and a weaker base"):
+            future.result()
+        running = [pool.submit(run, output_dir, *task, record) for task, record in tasks.items()]
+        for future in tqdm(as_completed(running), total=len(running), desc=f"runs (details: {log})"):
+            future.result()
+    with open(output_dir / "seconds.txt", "a") as file:
+        file.write(f"{time.time() - begin:.0f}\n")
+
+
+def read_records(output_dir: Path) -> dict[str, Any]:
+    """All records, in the order of the plan."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (output_dir / "records").glob("*.json")]
+    order = {task: i for i, task in enumerate(plan())}
+    records.sort(key=lambda r: order[r["world"], r["arm"], r["seed"]])
+    statistics = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+                  for path in sorted((output_dir / "worlds").glob("*/statistics.json"))}  # fmt: skip
+    return {"arms": {name: asdict(arm) for name, arm in ARMS.items()}, "worlds": statistics, "runs": records}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs")
+    arguments = parser.parse_args()
+    run_all(arguments.output)
