@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from report import write_report
 from tqdm.auto import tqdm
 
 from trl_mprm import ProcessRewardModel, evaluate_model, load_rollouts, read_benchmark, select
@@ -66,15 +67,19 @@ def other(rule: str, percent: int, **changes: Any) -> Arm:
 
 FRACTIONS = (5, 10, 15, 25, 35, 50)
 FULL = other("random", 100)
-ARMS = {
+CORE = {
     "zero-shot": Arm(rule=None),
     **{f"random{percent}": other("random", percent) for percent in FRACTIONS},
     **{f"bis{percent}": bis(percent) for percent in FRACTIONS},
     "full": FULL,
     "true10": other("random", 10, true_labels=True),
+}
+MORE = {
     **{f"{rule}{percent}": other(rule, percent) for percent in (10, 25) for rule in ("mixed", "reliable", "low_mc")},
     **{f"bis10-alpha{alpha}": bis(10, alpha=alpha) for alpha in (0.02, 0.05, 0.1, 0.5)},
     "bis10-hash": bis(10, ties="hash"),
+}
+DEAR = {
     "full-1/N": replace(FULL, hard_threshold=1 / DEMO.num_mc),
     "full-2/N": replace(FULL, hard_threshold=2 / DEMO.num_mc),
     "full-soft": replace(FULL, loss_type="soft"),
@@ -85,30 +90,31 @@ ARMS = {
 }
 
 
-def worlds(folder: Path) -> dict[str, tuple[Settings, Path]]:
-    """Settings and base of every world; each but the first differs from the first in one thing."""
-    better, worse = (replace(DEMO.policy, hard_weights=weights) for weights in
-                     ((0.70, 0.26, 0.03, 0.01), (0.38, 0.48, 0.09, 0.05)))  # fmt: skip
-    return {
-        "standard": (DEMO, BASE_MODEL),
-        "lighter noise": (replace(DEMO, options=((0, 1.0),)), BASE_MODEL),  # no answer can be guessed
-        "heavier noise": (replace(DEMO, options=((0, 0.1), (2, 0.45), (4, 0.45))), BASE_MODEL),
-        "better policy": (replace(DEMO, policy=better), BASE_MODEL),
-        "worse policy": (replace(DEMO, policy=worse), BASE_MODEL),
-        "weaker base": (DEMO, folder / "weaker-base"),
+ARMS = CORE | MORE | DEAR
+ROBUSTNESS = ("zero-shot", "random10", "bis10")
+WORLDS = ("standard", "lighter noise", "heavier noise", "better policy", "worse policy", "weaker base")
+
+
+def settings_of(world: str, settings: Settings) -> Settings:
+    """Settings of a world; each differs from the standard world in one thing."""
+    changes = {
+        "lighter noise": {"options": ((0, 1.0),)},  # no answer can be guessed
+        "heavier noise": {"options": ((0, 0.1), (2, 0.45), (4, 0.45))},
+        "better policy": {"policy": replace(settings.policy, hard_weights=(0.70, 0.26, 0.03, 0.01))},
+        "worse policy": {"policy": replace(settings.policy, hard_weights=(0.38, 0.48, 0.09, 0.05))},
     }
+    return replace(settings, **changes.get(world, {}))
+
+
+def base_of(world: str, output_dir: Path) -> Path:
+    return output_dir / "weaker-base" if world == "weaker base" else BASE_MODEL
 
 
 def plan() -> list[tuple[str, str, int]]:
     """World, arm and seed of every run, what matters most first."""
-    arms = list(ARMS)
-    core, more, last = arms[: arms.index("mixed10")], arms[arms.index("mixed10") :], arms.index("full-1/N")
-    cheap, dear = more[: last - len(core)], more[last - len(core) :]
-    few = ("zero-shot", "random10", "bis10")
-    robustness = [(world, arm) for world in list(worlds(Path()))[1:] for arm in few]
-    blocks = [("standard", arm) for arm in core], [("standard", arm) for arm in cheap] + robustness
-    tasks = [(world, arm, seed) for block in blocks for seed in SEEDS for world, arm in block]
-    return tasks + [("standard", arm, seed) for seed in SEEDS for arm in dear]
+    standard = [[("standard", arm) for arm in arms] for arms in (CORE, MORE, DEAR)]
+    standard[1] += [(world, arm) for world in WORLDS[1:] for arm in ROBUSTNESS]
+    return [(world, arm, seed) for block in standard for seed in SEEDS for world, arm in block]
 
 
 def build_world(folder: Path, settings: Settings, seed: int) -> None:
@@ -139,11 +145,11 @@ def subset_figures(mc_scores: list[list[float]], truth: list[list[int]]) -> dict
     }
 
 
-def run(output_dir: Path, world: str, arm_name: str, seed: int, record: Path) -> None:
+def run(output_dir: Path, settings: Settings, world: str, arm_name: str, seed: int, record: Path) -> None:
     """Select, train, evaluate, write one record."""
     print(f"{world}, {arm_name}, seed {seed}", flush=True)
     started, arm = time.time(), ARMS[arm_name]
-    settings, base = worlds(output_dir)[world]
+    settings, base = settings_of(world, settings), base_of(world, output_dir)
     folder = output_dir / "worlds" / data_name(world, seed)
     result = {"world": world, "arm": arm_name, "seed": seed, "rollouts": 0, "optimizer_steps": 0}
     if arm.rule is None:
@@ -175,46 +181,50 @@ def data_name(world: str, seed: int) -> str:
     return f"{'standard' if world == 'weaker base' else world}-{seed}".replace(" ", "-")
 
 
-def run_all(output_dir: Path) -> None:
-    """Every run of the plan that has no record yet."""
+def run_all(output_dir: Path, tasks: list[tuple[str, str, int]], settings: Settings = DEMO) -> None:
+    """Every task (world, arm, seed) that has no record yet."""
     records = {task: output_dir / "records" / f"{'-'.join(map(str, task))}.json".replace(" ", "-").replace("/", "_")
-               for task in plan()}  # fmt: skip
-    tasks = {task: record for task, record in records.items() if not record.is_file()}
-    print(f"{len(records) - len(tasks)} of {len(records)} runs are done")
-    if not tasks:
-        return
+               for task in tasks}  # fmt: skip
+    left = {task: record for task, record in records.items() if not record.is_file()}
+    print(f"{len(records) - len(left)} of {len(records)} runs are done")
     (output_dir / "records").mkdir(parents=True, exist_ok=True)
-    begin = time.time()
-    log = output_dir / "training.log"
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=start_worker, initargs=(log,)) as pool:
-        settings = worlds(output_dir)
-        needed = dict.fromkeys((data_name(world, seed), world, seed) for world, _, seed in tasks)
-        waiting = [pool.submit(build_world, output_dir / "worlds" / name, settings[world][0], seed)
-                   for name, world, seed in needed]  # fmt: skip
-        weaker = settings["weaker base"][1]
-        if not (weaker / "processor_config.json").is_file():
-            waiting.append(pool.submit(train_base, weaker, WEAKER_BASE_UPDATES))
+    log, spawn = output_dir / "training.log", get_context("spawn")
+    # Two trainings of one thread each go nearly twice as fast as one of two threads: the models are that small.
+    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start_worker, initargs=(log,)) as pool:
+        waiting = [
+            pool.submit(build_world, output_dir / "worlds" / name, settings_of(world, settings), seed)
+            for name, (world, seed) in {data_name(world, seed): (world, seed) for world, _, seed in left}.items()
+        ]
+        weaker = base_of("weaker base", output_dir)
+        if any(world == "weaker base" for world, _, _ in left) and not weaker.is_dir():
+            waiting.append(pool.submit(train_weaker_base, weaker))
         for future in tqdm(as_completed(waiting), total=len(waiting), desc="worlds, and a weaker base"):
             future.result()
-        running = [pool.submit(run, output_dir, *task, record) for task, record in tasks.items()]
+        running = [pool.submit(run, output_dir, settings, *task, record) for task, record in left.items()]
         for future in tqdm(as_completed(running), total=len(running), desc=f"runs (details: {log})"):
             future.result()
-    with open(output_dir / "seconds.txt", "a") as file:
-        file.write(f"{time.time() - begin:.0f}\n")
+
+
+def train_weaker_base(folder: Path) -> None:
+    part = folder.with_suffix(".part")
+    train_base(part, WEAKER_BASE_UPDATES)
+    part.rename(folder)
 
 
 def read_records(output_dir: Path) -> dict[str, Any]:
-    """All records, in the order of the plan."""
+    """All records, by world, arm and seed."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in (output_dir / "records").glob("*.json")]
-    order = {task: i for i, task in enumerate(plan())}
-    records.sort(key=lambda r: order[r["world"], r["arm"], r["seed"]])
+    arms = list(ARMS)
+    records.sort(key=lambda record: (WORLDS.index(record["world"]), arms.index(record["arm"]), record["seed"]))
     statistics = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
                   for path in sorted((output_dir / "worlds").glob("*/statistics.json"))}  # fmt: skip
-    return {"arms": {name: asdict(arm) for name, arm in ARMS.items()}, "worlds": statistics, "runs": records}
+    return {"arms": {name: asdict(arm) for name, arm in ARMS.items()}, "corpora": statistics, "runs": records}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs and of the report")
     arguments = parser.parse_args()
-    run_all(arguments.output)
+    run_all(arguments.output, plan())
+    write_json(read_records(arguments.output), arguments.output / "results.json")
+    write_report(arguments.output)
