@@ -10,6 +10,7 @@ In, `results.json` of the study; out, `table.md` and the pictures in the same fo
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,6 +29,7 @@ F1 = "macro_f1_step_weighted"
 BACKBONES = ("InternVL2.5-8B", "Qwen2.5-VL-7B")
 PAPER = {row[0]: row[1] for row in TABLES["visualprocessbench"][0].rows}
 FRACTIONS = (5, 10, 15, 25, 35, 50)
+YLIM = (40, 100)
 GREEN, BLUE, RED, GREY, AMBER = "#2a9d55", "#4878a8", "#d1495b", "#8a939c", "#e9a23b"
 # Our arm -> the paper's row.
 PAPER_ROWS = {
@@ -228,19 +230,22 @@ def draw_saturation(study: Study, path: Path) -> None:
         panels[0].plot(done, [mean["mean"] for mean in means], "o-", color=colour, label=name)
         edges = [[mean["mean"] if mean[edge] is None else mean[edge] for mean in means] for edge in ("low", "high")]
         panels[0].fill_between(done, *edges, color=colour, alpha=0.15, lw=0)
+        for percent in done:
+            values = [100 * run[F1] for run in study.by_seed(f"{rule}{percent}").values()]
+            panels[0].scatter(np.full(len(values), percent), values, 8, colour, alpha=0.6)
         for panel, backbone in zip(panels[1:], BACKBONES, strict=True):
             figures = [paper(f"{rule}{percent}", backbone) for percent in FRACTIONS]
             panel.plot(FRACTIONS, figures, "o-", color=colour, label=name)
     for arm, style, colour, name in (("full", "--", "black", "full data"), ("zero-shot", ":", GREY, "base")):
-        panels[0].axhline(study.mean(arm)["mean"], ls=style, color=colour, label=name)
+        level(panels[0], study, arm, ls=style, color=colour, label=name)
         for panel, backbone in zip(panels[1:], BACKBONES, strict=True):
             panel.axhline(paper(arm, backbone), ls=style, color=colour, label=name)
-    panels[0].set(title="ours, miniature (mean, 95% interval)", ylabel="step-weighted macro-F1")
+    panels[0].set(title="ours: mean, 95% interval, seeds", ylabel="step-weighted macro-F1", ylim=YLIM)
     for panel, backbone in zip(panels[1:], BACKBONES, strict=True):
-        panel.set_title(f"paper, {backbone} (one run, test threshold)")
+        panel.set_title(f"paper, {backbone} (one run)")
     for panel in panels:
         panel.set(xlabel="% of the rollouts kept", xticks=FRACTIONS)
-    panels[0].legend(fontsize=8, ncols=2)
+    panels[0].legend(fontsize=8, ncols=2, loc="lower right")
     save(figure, path)
 
 
@@ -251,8 +256,8 @@ def draw_rules(study: Study, path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for panel, percent in zip(panels, (10, 25), strict=False):
         bars(panel, study, [f"{rule}{percent}" for rule in rules], names, colours)
-        panel.axhline(study.mean("full")["mean"], ls="--", color="black", lw=1)
-        panel.set(title=f"ours at {percent}% (dashed: full data)", ylim=(40, None))
+        level(panel, study, "full", ls="--", color="black", lw=1)
+        panel.set(title=f"ours at {percent}% (dashed: full data)", ylim=YLIM)
     panels[0].set_ylabel("step-weighted macro-F1")
     paper_bars(panels[2], [f"{rule}25" for rule in rules], names, colours, BACKBONES[0])
     panels[2].axhline(paper("full", BACKBONES[0]), ls="--", color="black", lw=1)
@@ -265,7 +270,7 @@ def draw_labels(study: Study, path: Path) -> None:
     arms, names = ["full", "full-1/N", "full-2/N", "full-soft", "true-full"], ["> 0", "> 1/N", "> 2/N", "soft", "true"]
     colours = [BLUE, BLUE, BLUE, AMBER, GREY]
     bars(panels[0], study, arms, names, colours)
-    panels[0].set(title="ours: labels of the full data", ylabel="step-weighted macro-F1", ylim=(40, None))
+    panels[0].set(title="ours: labels of the full data", ylabel="step-weighted macro-F1", ylim=YLIM)
     paper_bars(panels[1], arms[:4], names[:4], colours[:4], BACKBONES[0])
     alphas = {"0.02": "bis10-alpha0.02", "0.05": "bis10-alpha0.05", "0.1": "bis10-alpha0.1", "0.2": "bis10",
               "0.5": "bis10-alpha0.5", "hash": "bis10-hash"}  # fmt: skip
@@ -277,7 +282,7 @@ def draw_labels(study: Study, path: Path) -> None:
     }
     both = alphas | wide
     bars(panels[2], study, list(both.values()), list(both), [GREEN] * len(alphas) + [GREY] * len(wide))
-    panels[2].set(title="ours: BIS-10%, then BIS-25%, by alpha; ties by hash", ylim=(40, None))
+    panels[2].set(title="ours: BIS-10%, then BIS-25%, by alpha; ties by hash", ylim=YLIM)
     panels[2].tick_params(axis="x", labelsize=7)
     for x, (alpha, row) in enumerate({"0.02": " alpha 0.02", "0.05": "", "0.08": " alpha 0.08"}.items()):
         value = PAPER[f"InternVL2.5-8B BIS-25%{row}"]
@@ -296,18 +301,25 @@ def draw_robustness(study: Study, path: Path) -> None:
         difference = study.difference("bis10", "random10", world=world)
         mine, theirs = study.by_seed("bis10", world), study.by_seed("random10", world)
         dots = [100 * (mine[seed][F1] - theirs[seed][F1]) for seed in mine.keys() & theirs.keys()]
-        left.scatter(dots, np.full(len(dots), y) + 0.15, 10, GREEN, alpha=0.6)
+        left.scatter(dots, np.full(len(dots), y + 0.2), 10, GREEN, alpha=0.6)
         left.plot(difference["mean"], y, "s", color=GREEN)
         if difference["low"] is not None:
             left.plot([difference["low"], difference["high"]], [y, y], color=GREEN)
     left.axvline(0, color="black", lw=1)
     left.set_yticks(range(len(shown)), list(reversed(shown)))
+    left.set_ylim(-0.6, len(shown) - 0.2)
     left.set(title="BIS-10% minus random-10% (mean, 95% interval, seeds)", xlabel="points of F1")
     arms = ["random25", "random25x4", "full", "bis25"]
     bars(right, study, arms, ["random 25%\n1 epoch", "random 25%\n4 epochs", "full\n1 epoch", "BIS 25%\n1 epoch"],
          [BLUE, BLUE, GREY, GREEN])  # fmt: skip
-    right.set(title="one pass and matched updates", ylabel="step-weighted macro-F1", ylim=(40, None))
+    right.set(title="one pass and matched updates", ylabel="step-weighted macro-F1", ylim=YLIM)
     save(figure, path)
+
+
+def level(axes: plt.Axes, study: Study, arm: str, **style: Any) -> None:
+    """A line across at the mean of an arm, where it was run."""
+    if study.by_seed(arm):
+        axes.axhline(study.mean(arm)["mean"], **style)
 
 
 def save(figure: plt.Figure, path: Path) -> None:
