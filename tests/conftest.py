@@ -16,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import Image, ImageDraw
-from tiny import tiny_model
+
+from trl_mprm.tiny import tiny_model
 
 
 ARCHITECTURES = ("qwen2_5_vl", "internvl", "qwen2")

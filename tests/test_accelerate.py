@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 from test_backbones import FACTS
 from test_resume import run_processes
 from test_trainer import FEATURES, config
-from tiny import IMAGE_TOKENS
 
 from trl_mprm import ProcessRewardTrainer
 from trl_mprm.cli import main
 from trl_mprm.modeling import load_model
+from trl_mprm.tiny import IMAGE_TOKENS
 
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "accelerate"

@@ -13,10 +13,10 @@ from conftest import make_rows
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from test_trainer import FEATURES, NF4, config, flat, parameters, trainer_scores
-from tiny import IMAGE_TOKENS
 
 from trl_mprm import ProcessRewardModel, ProcessRewardTrainer
 from trl_mprm.modeling import PROJECTORS_IN_ENCODER, base_of, decoder_name, load_model, load_processing_class
+from trl_mprm.tiny import IMAGE_TOKENS
 
 
 TEXT_ONLY = ("qwen2", "llama")

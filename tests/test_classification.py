@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 from golden.make_trl_1_13_prm import GOLDEN, ROWS, checksum, tiny_classifier
 from peft import LoraConfig
-from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from trl_mprm import ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer, StepFormat
+from trl_mprm.tiny import tiny_tokenizer
 
 
 CASES = [case for case in json.loads(GOLDEN.read_text())["cases"] if "max_length" not in case]

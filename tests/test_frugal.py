@@ -8,7 +8,6 @@ from conftest import make_rows, picture
 from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from tiny import BUILDERS
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig
@@ -16,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from trl_mprm import DataCollatorForProcessReward, ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
 from trl_mprm.collator import IGNORE_INDEX
 from trl_mprm.sampling import EpochSampler, by_prompt, prompt_groups
+from trl_mprm.tiny import BUILDERS
 
 
 TEXT_MODELS = ("qwen2", "llama")

@@ -182,6 +182,9 @@ def test_card_of_a_dataset_of_the_hub(corpus, tmp_path):
     report = select_files(corpus, tmp_path / "kept.jsonl", fraction=0.5, alpha=0.2, drop_answer_step=True)
     card = dataset_card("you/kept", report | {"inputs": ["org/rollouts"]})
     assert card.data.source_datasets == ["org/rollouts"]
-    assert "| alpha | 0.2 |" in card.text and "of org/rollouts." in card.text
+    assert (
+        "| alpha | 0.2 |" in card.text
+        and "of [org/rollouts](https://huggingface.co/datasets/org/rollouts)." in card.text
+    )
     assert "trl-mprm select org/rollouts --rule bis --fraction 0.5 --alpha 0.2" in card.text
     assert "--drop-answer-step" in card.text and 'load_dataset("you/kept", split="train")' in card.text

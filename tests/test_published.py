@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import picture
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, Qwen2Config
 
 from trl_mprm import ProcessRewardModel, StepFormat
 from trl_mprm.modeling import load_model, load_processing_class
 from trl_mprm.published import CHECKPOINTS, PUBLISHED, VISUALPRM_SYSTEM, VL_PRM_SYSTEM, published_format
 from trl_mprm.rendering import render_rows, tokenizer_of
+from trl_mprm.tiny import tiny_model
 
 
 STEPS = ["A is red.", "So one."]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from conftest import picture
-from tiny import tiny_tokenizer
 
 from trl_mprm.modeling import add_marker, load_model, load_processing_class
 from trl_mprm.rendering import render_batch, tokenizer_of
 from trl_mprm.step_format import StepFormat
+from trl_mprm.tiny import tiny_tokenizer
 
 
 FORMAT = StepFormat()

@@ -324,7 +324,18 @@ class Hub(BaseHTTPRequestHandler):
         wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}").get("paths", [])
         self.answer(json.dumps([self.entry(name) for name in wanted if name in self.files]).encode())
 
+    def listed(self, path):
+        """Files below a folder, or with `recursive=false` what lies in it."""
+        _, _, folder = path.partition("/tree/")[2].partition("/")
+        below = {name for name in self.files if name.startswith(folder)}
+        if "recursive=false" not in self.path:
+            return sorted(below)
+        start = len(folder) + 1 if folder else 0
+        return sorted({name[:start] + name[start:].split("/")[0] for name in below})
+
     def entry(self, name):
+        if name not in self.files:
+            return {"type": "directory", "path": name, "oid": self.sha}
         return {"type": "file", "path": name, "size": len(self.files[name]), "oid": self.sha}
 
     def do_GET(self):
@@ -333,7 +344,7 @@ class Hub(BaseHTTPRequestHandler):
             name = path.split("/resolve/")[1].split("/", 1)[1]
             self.answer(self.files.get(name), code="EntryNotFound")
         elif path.startswith("/api/datasets/org/rollouts"):
-            entries = [self.entry(name) for name in self.files]
+            entries = [self.entry(name) for name in self.listed(path)]
             siblings = [{"rfilename": name} for name in self.files]
             info = {"id": "org/rollouts", "sha": self.sha, "siblings": siblings, "private": False, "tags": []}
             self.answer(json.dumps(entries if "/tree/" in path else info).encode())

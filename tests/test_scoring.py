@@ -7,7 +7,6 @@ import torch
 from conftest import make_rows, picture
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny import BUILDERS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
@@ -17,6 +16,7 @@ from trl_mprm import ProcessRewardModel, StepFormat
 from trl_mprm.modeling import add_marker, load_model, load_processing_class
 from trl_mprm.rendering import render_rows
 from trl_mprm.shared_prefix import can_share_prefix, shared_length
+from trl_mprm.tiny import BUILDERS
 
 
 TEXT_MODELS = ("qwen2", "llama")

@@ -1,4 +1,4 @@
-"""`trl-mprm select | train | score | evaluate | convert | demo`: arguments in, the library works, one table out."""
+"""`trl-mprm select | train | score | evaluate | card | convert | demo`: arguments in, the library works, one table out."""
 
 import argparse
 import json
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
+
+from .files import atomic_output
 
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "trl-mprm", description="Multimodal process reward models on the Hugging Face stack"
     )
-    commands = parser.add_subparsers(required=True, metavar="select | train | score | evaluate | convert | demo")
+    commands = parser.add_subparsers(
+        required=True, metavar="select | train | score | evaluate | card | convert | demo"
+    )
 
     command = commands.add_parser("select", help="keep the rollouts that teach most", formatter_class=_Defaults)
     command.set_defaults(command=select)
@@ -63,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     command.add_argument("--save-to-disk", action="store_true", help="OUTPUT is a folder for datasets.load_from_disk")
     command.add_argument("--push-to-hub", metavar="ORG/NAME", help="also publish the kept rows, with images and card")
+    command.add_argument("--license", help="on that card; default: of the source, where it is on the Hub")
 
-    train_help = "train a process reward model (train --help lists every field)"
+    train_help = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
     commands.add_parser("train", help=train_help)  # shown in the help; main() hands the arguments to TrlParser
 
     command = commands.add_parser("score", help="score the steps of one solution", formatter_class=_Defaults)
@@ -93,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="folder for scores and reports; a run that was interrupted continues there")
     command.add_argument("--compare", help="scores.jsonl of another model: test whether the two differ")
     command.add_argument("--update-card", action="store_true", help="write the results into the card of a local model")
+
+    command = commands.add_parser("card", help="write the model card again, from the record of the training run")
+    command.set_defaults(command=card)
+    command.add_argument("model", help="folder of a trained model, or its model_card.json with --output")
+    command.add_argument("--license", help="licence of the weights, as a Hub identifier")
+    command.add_argument("--repo", metavar="ORG/NAME", help="where the model will be published")
+    command.add_argument("--output", help="write the card to this file; default: README.md of the folder")
 
     command = commands.add_parser("convert", help="internvl_chat checkpoint (VisualPRM-8B) to the native class")
     command.set_defaults(command=convert)
@@ -157,6 +169,7 @@ def select(args: argparse.Namespace) -> int:
         strict=args.strict,
         save_to_disk=args.save_to_disk,
         push_to_hub=args.push_to_hub,
+        license=args.license,
         engine=args.engine,
         page=args.report,
     )
@@ -221,26 +234,37 @@ class DataArguments:
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Rollouts to evaluate on in training."})
 
 
+SMOKE = (
+    "only check the recipe: its first steps on a tiny random model of the same architecture and made rollouts, without "
+    "a download; shows that the fields fit together and that training runs, nothing of memory, speed or F1"
+)
+
+
 def train(argv: list[str]) -> int:
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
     from .config import ProcessRewardConfig
-    from .rollouts import load_rollouts
+    from .rollouts import hub_snapshot, is_hub_id, load_rollouts
     from .selection import select as select_rollouts
     from .trainer import ProcessRewardTrainer
 
+    if "--smoke" in argv:
+        return _smoke([word for word in argv if word != "--smoke"])
     parser = TrlParser((DataArguments, ProcessRewardConfig, ModelConfig), prog="trl-mprm train")
-    data, args, model = parser.parse_args_and_config(argv)
+    parser.add_argument("--smoke", action="store_true", help=SMOKE)
+    data, args, model, _ = parser.parse_args_and_config(argv)
     if model.model_name_or_path is None:
         raise ValueError("no model to train: set model_name_or_path to a Hub id or folder")
     rollouts = load_rollouts(data.dataset_name, image_root=data.image_root)
+    on_hub = is_hub_id(data.dataset_name)
+    subset = hub_snapshot(data.dataset_name, "selection.json") if on_hub else Path(data.dataset_name)
     if data.rule is not None:
         selection = select_rollouts(
             rollouts, data.rule, fraction=data.fraction, alpha=data.alpha, ties=data.ties, seed=args.seed
         )
         rollouts, report = rollouts.select(selection.indices), selection.report
     else:
-        report = _selection_beside(data.dataset_name, len(rollouts))
+        report = _selection_beside(subset, len(rollouts))
     args.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -261,9 +285,9 @@ def train(argv: list[str]) -> int:
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
-    trainer.create_model_card(dataset_name=data.dataset_name)
+    trainer.create_model_card(dataset_name=data.dataset_name, dataset_revision=subset.name if on_hub else None)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+        trainer.push_to_hub()
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         keys = ("train_loss", "train_runtime", "eval_loss", "eval_auc", "eval_macro_f1_pooled")
@@ -275,9 +299,21 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _selection_beside(dataset: str, n_rows: int) -> dict | None:
+def _smoke(argv: list[str]) -> int:
+    from tempfile import TemporaryDirectory
+
+    from .smoke import cut_down
+
+    with TemporaryDirectory(prefix="trl-mprm-smoke-") as folder:
+        argv, told = cut_down(argv, Path(folder))
+        train(argv)
+    _print_table([["smoke", "the recipe", "here"], *told])
+    print("\nThe recipe runs. That its fields fit together is all this shows: nothing of memory, speed or F1.")
+    return 0
+
+
+def _selection_beside(path: Path, n_rows: int) -> dict | None:
     """The evidence that `trl-mprm select` wrote beside the rows, for the card; None if it tells of other rows."""
-    path = Path(dataset)
     path = (path.parent if path.is_file() else path) / "selection.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return report if report is not None and report["total"]["kept"] == n_rows else None
@@ -358,6 +394,20 @@ def convert(args: argparse.Namespace) -> int:
     report = convert_internvl_chat(args.input, args.output, args.tokenizer)
     _print_table([["", "converted"], *map(list, report.items())])
     print(f"\nmodel and processor: {args.output}")
+    return 0
+
+
+def card(args: argparse.Namespace) -> int:
+    from .model_card import read_record, render_card, write_card
+
+    changes = {"license": args.license, "repo": args.repo, "name": args.repo and args.repo.rsplit("/", 1)[-1]}
+    record = read_record(args.model) | {key: value for key, value in changes.items() if value is not None}
+    if args.output:
+        with atomic_output(args.output) as part:
+            part.write_text(str(render_card(record)), encoding="utf-8")
+    print(f"card: {args.output or write_card(args.model, record)}")
+    if not args.output:
+        print(f"publish: hf upload {record['repo'] or 'ORG/NAME'} {args.model} . --exclude 'checkpoint-*'")
     return 0
 
 

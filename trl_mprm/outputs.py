@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from shlex import join
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from datasets import Dataset, DatasetInfo, Features, Value
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
@@ -114,6 +115,7 @@ class Outputs:
         names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
         report["output"] = {} if self.save_to_disk or self.output.suffix == ".parquet" else _moved(names, emitted)
         refused = [parts / f"{shard.index}.refused" for shard in self.shards] if report["total"]["refused"] else []
+        report["revision"] = _digest(parts / f"{shard.index}.kept" for shard in self.shards)
         if self.save_to_disk:
             self._write_dataset(report, emitted, parts, refused)
             return
@@ -156,7 +158,9 @@ class Outputs:
             for chunk in chunks(rows(), 1000):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
 
-    def push_to_hub(self, repo_id: str, report: dict, emitted: list[Emitted], parts: Path) -> None:
+    def push_to_hub(
+        self, repo_id: str, report: dict, emitted: list[Emitted], parts: Path, license: str | None = None
+    ) -> None:
         """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
         rows, folder = self._rows(emitted, parts, report, resolve=True), parts / "hub"
         schema = _features(rows()).arrow_schema
@@ -174,10 +178,16 @@ class Outputs:
             writer.close()
         for number, file in enumerate(files):
             file.rename(folder / "data" / f"train-{number:05d}-of-{len(files):05d}.parquet")
-        public = report | {"inputs": [item if is_hub_id(item) else Path(item).name for item in self.inputs]}
-        write_json(public, folder / "selection.json")
-        dataset_card(repo_id, public).save(folder / "README.md")
         api = HfApi()
+        infos = {item: api.dataset_info(item) for item in self.inputs if is_hub_id(item)}
+        public = report | {
+            "inputs": [item if item in infos else Path(item).name for item in self.inputs],
+            "input_revisions": {item: info.sha for item, info in infos.items()},
+        }
+        licenses = {info.card_data and info.card_data.license for info in infos.values()} - {None}
+        write_json(public, folder / "selection.json")
+        card = dataset_card(repo_id, public, license or (licenses.pop() if len(licenses) == 1 else None))
+        card.save(folder / "README.md")
         api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
         api.upload_folder(
             folder_path=folder, repo_id=repo_id, repo_type="dataset", commit_message="Rollouts of trl-mprm select"
@@ -227,6 +237,16 @@ def _moved(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
     return {name: run for name, run in runs.items() if {source for source, _ in run} != {Path(name).stem}}
 
 
+def _digest(parts: Iterable[Path]) -> str:
+    """XXH3-128 of the kept lines in order, whatever their files: the name of a subset."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        with open(part, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def _join(parts: list[Path], target: Path) -> None:
     with open(target, "wb") as out:
         for part in parts:
@@ -234,7 +254,7 @@ def _join(parts: list[Path], target: Path) -> None:
                 shutil.copyfileobj(file, out, 2**20)
 
 
-def dataset_card(repo_id: str, report: dict) -> DatasetCard:
+def dataset_card(repo_id: str, report: dict, license: str | None = None) -> DatasetCard:
     """
     The card of a selection: rule, parameters, counts by source and by reason, and how to build it again.
 
@@ -243,6 +263,8 @@ def dataset_card(repo_id: str, report: dict) -> DatasetCard:
             Name on the Hub.
         report (`dict`):
             What `selection.json` holds.
+        license (`str`, *optional*):
+            Of the rollouts.
     """
     hub_ids = [item for item in report["inputs"] if is_hub_id(item)]
     words = ["trl-mprm", "select", *report["inputs"], "--rule", report["rule"], "--fraction", str(report["fraction"])]
@@ -250,6 +272,7 @@ def dataset_card(repo_id: str, report: dict) -> DatasetCard:
     words += ["--ties", report["ties"], "--seed", str(report["seed"])]
     words += ["--drop-answer-step"] if report["drop_answer_step"] else []
     data = DatasetCardData(
+        license=license,
         task_categories=["image-text-to-text"],
         tags=["process-reward-model", "trl-mprm"],
         source_datasets=hub_ids or None,
@@ -263,7 +286,11 @@ def dataset_card(repo_id: str, report: dict) -> DatasetCard:
         rows=[*report["sources"].items(), ("all", report["total"])],
         rule=RULE_TEXTS.get(report["rule"], "the highest first"),
         shares=SHARES,
-        dataset_ids=hub_ids,
+        dataset_ids=[_with_revision(item, report.get("input_revisions", {}).get(item)) for item in hub_ids],
         version=version("trl-mprm"),
         command=join([*words, "--output", "kept"]),
     )
+
+
+def _with_revision(repo_id: str, revision: str | None) -> str:
+    return f"[{repo_id}](https://huggingface.co/datasets/{repo_id})" + (f" (commit {revision})" if revision else "")

@@ -371,6 +371,11 @@ def hub_annotations(repo_id: str) -> Path | None:
         return None
 
 
+def hub_snapshot(repo_id: str, file: str) -> Path:
+    """The local folder of a dataset on the Hub, with `file` in it if there is one; its name is the commit."""
+    return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=file))
+
+
 def _hub_rows(repo_id: str, streaming: bool) -> Iterator[dict]:
     rows = datasets.load_dataset(repo_id, split="train", streaming=streaming)
     if streaming:

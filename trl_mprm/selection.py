@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
@@ -191,6 +192,7 @@ def select_files(
     strict: bool = False,
     save_to_disk: bool = False,
     push_to_hub: str | None = None,
+    license: str | None = None,
     engine: str = "local",
     page: str | os.PathLike | None = None,
 ) -> dict:
@@ -219,6 +221,8 @@ def select_files(
             Make `output` a folder for `datasets.load_from_disk`.
         push_to_hub (`str`, *optional*):
             Also publish the kept rows, with their images and a card, as this dataset of the Hub.
+        license (`str`, *optional*):
+            Licence on that card, as a Hub identifier. Defaults to that of the source, where it is a dataset on the Hub.
         engine (`str`, *optional*, defaults to `"local"`):
             `"local"`: a process for each core; `"ray"`: the workers of a Ray cluster. Both give the same bytes.
         page (`str` or path, *optional*):
@@ -282,7 +286,7 @@ def select_files(
             }
             outputs.write(report, emitted, parts)
             if push_to_hub is not None:
-                outputs.push_to_hub(push_to_hub, report, emitted, parts)
+                outputs.push_to_hub(push_to_hub, report, emitted, parts, license)
         if page is not None:
             from .selection_report import write_selection_report
 
@@ -408,8 +412,10 @@ def _select(batches: Iterable[dict], by: str, score: str | None, rule: str, **pa
     while not cut.settled:
         cut = settle(cut, [tie_counts(scores, cut)])
     rows = kept_rows(scores, cut)
-    report = build_report(cut, summary, summarize(scores, rows))
-    return Selection(tuple(ids[row] for row in rows), tuple(rows.tolist()), report)
+    kept = tuple(ids[row] for row in rows)
+    revision = xxhash.xxh3_128_hexdigest("\n".join(kept).encode())
+    report = build_report(cut, summary, summarize(scores, rows)) | {"revision": revision}
+    return Selection(kept, tuple(rows.tolist()), report)
 
 
 def _score_rows(batches: Iterable[dict], by: str, score: str | None) -> tuple[list[str], Scores]:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     BitsAndBytesConfig,
@@ -34,7 +35,7 @@ from .distinct_images import encode_distinct_images
 from .files import write_json
 from .loss import beta_binomial_losses, class_weighted, step_losses, step_targets
 from .metrics import step_metrics
-from .model_card import model_card, public_name
+from .model_card import benchmark_facts, card_record, public_name, write_card
 from .modeling import (
     add_marker,
     base_of,
@@ -174,6 +175,8 @@ class ProcessRewardTrainer(Trainer):
         if args.label_names is None:
             args.label_names = ["labels"]
         self.selection = selection
+        self.card_names: dict[str, Any] = {}
+        self.benchmarks: dict[str, dict] = {}
         self.compute_other_metrics = compute_metrics
         # What FSDP shards: layers of the decoder. A vision encoder does not run where a process has no image.
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # set by `accelerate launch`; what its file names wins
@@ -411,52 +414,52 @@ class ProcessRewardTrainer(Trainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
         license: str | None = None,
+        dataset_revision: str | None = None,
         results: dict[str, Any] | None = None,
         benchmark: str | None = None,
     ) -> None:
         """
-        Write the model card into `output_dir`, from the run itself.
+        Write the model card into `output_dir`, from the run itself. What is named once stays for later cards of this
+        run.
 
         Args:
             model_name (`str`, *optional*):
-                Defaults to the name of `output_dir`.
+                Defaults to the name of `hub_model_id`, or of `output_dir`.
             dataset_name (`str`, *optional*):
                 Hub id of the data set, or its folder.
             tags (`str` or `list[str]`, *optional*):
                 Tags beside `trl`, `mprm` and `process-reward-model`.
             license (`str`, *optional*):
                 Licence of the weights, as a Hub identifier. Left out where unknown: it follows the base model's.
+            dataset_revision (`str`, *optional*):
+                Commit of the data set on the Hub.
             results (`dict`, *optional*):
-                What [`step_metrics`] returned for this model; kept for later cards of this run.
+                What [`step_metrics`] returned for this model.
             benchmark (`str`, *optional*):
                 Name of the benchmark that `results` were measured on.
         """
+        named = {"model_name": model_name, "dataset_name": dataset_name, "license": license,
+                 "dataset_revision": dataset_revision, "tags": [tags] if isinstance(tags, str) else tags}  # fmt: skip
+        self.card_names |= {key: value for key, value in named.items() if value is not None}
         if results is not None:
-            self.benchmark_results = (benchmark or "benchmark", results)
+            self.benchmarks[benchmark or "benchmark"] = benchmark_facts(results)
         if self.is_world_process_zero():
-            self._write_card(self.args.output_dir, model_name, dataset_name, tags, license)
+            self._write_card(self.args.output_dir)
 
-    benchmark_results: tuple[str, dict] | None = None
-
-    def _write_card(
-        self,
-        folder: str,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        license: str | None = None,
-    ) -> None:
+    def _write_card(self, folder: str) -> None:
+        names = self.card_names
         peft_config = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        card = model_card(
-            model_name=model_name or Path(self.args.hub_model_id or self.args.output_dir).name,
+        record = card_record(
+            name=names.get("model_name") or Path(self.args.hub_model_id or self.args.output_dir).name,
+            repo=self.args.hub_model_id,
             base_model=self.model.get_base_model().name_or_path if peft_config else self.model.name_or_path,
-            tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
-            license=license,
-            dataset_name=dataset_name,
-            step_format=self.step_format,
-            hub_model_id=self.args.hub_model_id,
+            dataset_name=names.get("dataset_name"),
+            dataset_revision=names.get("dataset_revision"),
+            license=names.get("license"),
+            tags=sorted({*self._tag_names, *names.get("tags", [])}),
             images=is_vision_language(self.model.config),
+            step_format=self.step_format,
             dataset=describe_dataset(self.train_dataset),
             selection=self.selection,
             peft_config=peft_config,
@@ -465,9 +468,36 @@ class ProcessRewardTrainer(Trainer):
             steps=self.state.global_step,
             trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             evaluation=evaluations[-1] if evaluations else None,
-            benchmark=self.benchmark_results,
         )
-        card.save(os.path.join(folder, "README.md"))
+        write_card(folder, record | {"benchmarks": self.benchmarks})
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository. Where the Hub cannot be reached, training goes on and pushes nothing."""
+        try:
+            super().init_hf_repo(token, private)
+        except HfHubHTTPError:
+            raise
+        except (OfflineModeIsEnabled, HTTPError) as error:
+            logger.warning(f"the Hub cannot be reached ({error}): training goes on, and everything is written locally")
+            self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+            self.push_in_progress = None
+            self.args.hub_strategy = HubStrategy.END
+
+    def push_to_hub(self, *args, **kwargs) -> Any:
+        """
+        Publish model and card, as [`~transformers.Trainer.push_to_hub`] does. Where the Hub cannot be reached, both are
+        written locally, and a warning tells how to push later.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except HfHubHTTPError:
+            raise
+        except (OfflineModeIsEnabled, HTTPError) as error:
+            folder = self.args.output_dir
+            logger.warning(
+                f"the Hub cannot be reached ({error}): model and card are in {folder}; push them later with "
+                f"`hf upload {self.hub_model_id} {folder} . --exclude 'checkpoint-*'`"
+            )
 
 
 def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:

@@ -1,4 +1,10 @@
-"""Tiny random models with their real processor classes, built in code: no hub, no download, a fraction of a second."""
+"""
+Tiny random models with their real processor classes, built in code: no hub, no download, a fraction of a second.
+
+    tiny_model("internvl", folder)      0.2M random weights and an InternVLProcessor, saved in `folder`
+
+For `trl-mprm train --smoke` and the tests.
+"""
 
 from pathlib import Path
 

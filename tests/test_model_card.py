@@ -1,0 +1,135 @@
+"""Cards: one rendering of one record, by the trainer, by `trl-mprm card`, and for the kept cards of the demo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import hub_on_this_machine, make_rows
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from test_outputs import PUSH
+from test_outputs import Hub as CommitHub
+from test_outputs import corpus as corpus  # noqa: F401
+from test_rollouts import Hub as ReadHub
+
+from trl_mprm import ProcessRewardConfig, ProcessRewardTrainer, select
+from trl_mprm.cli import main
+from trl_mprm.metrics import step_metrics
+from trl_mprm.model_card import add_eval_results, benchmark_facts, read_record, render_card
+
+
+KEPT = Path(__file__).parents[1] / "model_cards"
+METRICS = step_metrics([[1, -1], [1, 1, -1], [-1]], [[0.9, 0.2], [0.8, 0.6, 0.4], [0.7]], threshold=0.5)
+
+
+def trained(model: str, folder: Path, **config) -> ProcessRewardTrainer:
+    rows = Dataset.from_list([row | {"mc_scores": row["labels"]} for row in make_rows(images=False)])
+    kept = select(rows, "random", fraction=0.5, seed=3)
+    args = ProcessRewardConfig(str(folder), use_cpu=True, report_to="none", max_steps=1, save_strategy="no", **config)
+    trainer = ProcessRewardTrainer(model, args, train_dataset=rows.select(kept.indices), selection=kept.report)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cards") / "someone" / "tiny-mprm"
+    trainer = trained(tiny_folders["qwen2"], folder)
+    trainer.create_model_card(dataset_name="org/rollouts", license="mit", results=METRICS, benchmark="toy")
+    return folder
+
+
+def test_card_is_the_rendering_of_its_record(folder, capsys):
+    card, record = (folder / "README.md").read_text(), read_record(folder)
+    for said in (
+        "license: mit", "datasets: org/rollouts", "- trl", "- mprm", "- process-reward-model",
+        "rule `random`, fraction 0.5, ties `hash`, seed 3, per source. Revision of the subset: `",
+        "| a | 4 | 0 | 4 | 2 |", "| optimizer steps | 1 |", 'from_pretrained("tiny-mprm")', "threshold `fixed`",
+        "macro-F1, step-weighted mean over sources (the paper's micro-F1) | ", "macro-F1, pooled", "macro-F1, plain mean",
+        "## Limits", "@article{li2026training",
+    ):  # fmt: skip
+        assert said in card, said
+    entries = {entry.metric_type: entry.metric_value for entry in ModelCard(card).data.eval_results}
+    assert entries["macro_f1_pooled"] == round(METRICS["macro_f1_pooled"], 4)
+    assert record["selection"]["revision"] in card
+    assert str(folder.parent) not in card + json.dumps(record) and os.environ["HOME"] not in card + json.dumps(record)
+
+    assert main(["card", str(folder)]) == 0
+    assert (folder / "README.md").read_text() == card and "publish: hf upload ORG/NAME" in capsys.readouterr().out
+    other = folder.parent / "other.md"
+    assert main(["card", str(folder / "model_card.json"), "--license", "apache-2.0", "--repo", "you/prm",
+                 "--output", str(other)]) == 0  # fmt: skip
+    assert 'from_pretrained("you/prm")' in other.read_text() and "license: apache-2.0" in other.read_text()
+    assert (folder / "README.md").read_text() == card
+
+
+def test_results_go_into_the_record_and_edited_text_stays(folder):
+    card = (folder / "README.md").read_text()
+    path = add_eval_results(folder, "toy2", "second toy", None, METRICS)
+    assert read_record(folder)["benchmarks"]["second toy"] == json.loads(json.dumps(benchmark_facts(METRICS)))
+    assert path.read_text() == str(render_card(read_record(folder)))
+    assert "second toy: 3 solutions" in path.read_text() and "toy: 3 solutions" in card
+    path.write_text(path.read_text() + "\nBy hand.\n")
+    add_eval_results(folder, "toy3", "third toy", None, METRICS)
+    assert "By hand." in path.read_text() and "third toy: 3 solutions" not in path.read_text()
+    assert {entry.dataset_name for entry in ModelCard.load(path).data.eval_results} == {
+        "toy", "second toy", "third toy",
+    }  # fmt: skip
+
+
+def test_wrong_records_are_one_line(tmp_path, capsys):
+    assert main(["card", str(tmp_path)]) == 2
+    assert "no such file; expected the record that ProcessRewardTrainer writes" in capsys.readouterr().err
+    (tmp_path / "model_card.json").write_text("{}")
+    assert main(["card", str(tmp_path)]) == 2
+    assert "not the record of a model card" in capsys.readouterr().err
+
+
+def test_offline_everything_is_written_and_told_how_to_push(tiny_folders, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    trainer = trained(tiny_folders["qwen2"], tmp_path / "out", push_to_hub=True, hub_model_id="someone/tiny-mprm")
+    assert "training goes on, and everything is written locally" in caplog.text
+    assert trainer.push_to_hub(license="mit") is None
+    assert f"hf upload someone/tiny-mprm {tmp_path / 'out'} ." in caplog.text
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+TRAIN = """
+import sys
+from trl_mprm.cli import main
+sys.exit(main(["train", "--dataset_name", "org/rollouts", "--model_name_or_path", sys.argv[1], "--output_dir",
+               sys.argv[2], "--max_steps", "1", "--use_cpu", "--report_to", "none", "--dtype", "float32"]))
+"""
+
+
+@pytest.mark.slow
+def test_model_names_its_subset_by_commit(corpus, tiny_folders, tmp_path):  # noqa: F811
+    """Select and publish, train on what was published: the card has the rule, the revision and the commit."""
+    published = type("OneHub", (CommitHub,), {"commits": [], "lfs": {}})
+    with hub_on_this_machine(published, tmp_path / "home") as env:
+        argv = [sys.executable, "-c", PUSH, corpus, tmp_path / "kept.jsonl"]
+        subprocess.run(argv, env=env | {"HF_TOKEN": "hf_" + "secret" * 5}, check=True, timeout=120)
+    hub = type("SameHub", (ReadHub,), {"files": published.commits[0]})
+    with hub_on_this_machine(hub, tmp_path / "home2") as env:
+        argv = [sys.executable, "-c", TRAIN, tiny_folders["qwen2_5_vl"], tmp_path / "out"]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    card, selection = (tmp_path / "out" / "README.md").read_text(), json.loads(published.commits[0]["selection.json"])
+    assert f"From [org/rollouts](https://huggingface.co/datasets/org/rollouts), revision `{hub.sha}`." in card
+    assert f"seed 4, per source. Revision of the subset: `{selection['revision']}`." in card
+    assert "| GEOS | 7 | 1 | 6 | 3 |" in card
+
+
+@pytest.mark.parametrize("record", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
+def test_kept_cards_are_renderings_of_their_records(record):
+    assert record.with_suffix(".md").read_text() == str(render_card(read_record(record)))
+
+
+def test_every_kept_card_has_a_record():
+    names = {path.stem for path in KEPT.glob("*.md")} - {"README"}
+    assert names == {path.stem for path in KEPT.glob("*.json")} and len(names) == 5
