@@ -1,17 +1,47 @@
 """The commands on real files and a tiny trained model: select, train, evaluate, score; and how they fail."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import make_rows, picture
-from test_recipes import rollouts  # noqa: F401  (a fixture)
 
 from trl_mprm import ProcessRewardModel
 from trl_mprm.cli import main
 
 
 @pytest.fixture(scope="module")
-def trained(rollouts, tiny_folders, tmp_path_factory) -> str:  # noqa: F811
+def rollouts(tmp_path_factory) -> Path:
+    """A folder of annotated rollouts in the raw schema: two sources, pictures beside them."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    (folder / "images").mkdir()
+    for source in "ab":
+        lines = []
+        for index, row in enumerate(make_rows(images=True, n=12)):
+            paths = []
+            for number, image in enumerate(row["images"]):
+                paths.append(f"VisualPRM400K-v1.1-Raw/{source}-{index}-{number}.png")
+                image.save(folder / "images" / Path(paths[-1]).name)
+            steps = zip(row["completions"], row["labels"], strict=True)
+            raw = {
+                "image": paths,
+                "question": "<image>\nSolve. " + row["prompt"],
+                "question_orig": row["prompt"],
+                "answer": "1",
+                "response": "\n\n".join(row["completions"]),
+                "steps_with_score": [
+                    {"step": step, "score": score, "num_mc_correct": int(16 * score), "num_mc_total": 16}
+                    for step, score in steps
+                ],
+                "num_mc_sequences": 16,
+            }
+            lines.append(json.dumps(raw))
+        (folder / f"{source}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(rollouts, tiny_folders, tmp_path_factory) -> str:
     """`trl-mprm select`, then `trl-mprm train` on what it kept."""
     kept, output = tmp_path_factory.mktemp("kept"), tmp_path_factory.mktemp("model")
     assert (
