@@ -333,3 +333,8 @@ def test_bad_rows_are_called_by_their_place(tiny_folders):
     assert prm.as_reward_func()([prompt], ["a"], image=[None]) == [
         pytest.approx(prm.score([], "q0", ["a"])[0], abs=1e-6)
     ]
+
+
+def test_a_model_that_is_nowhere_is_named():
+    with pytest.raises(FileNotFoundError, match="^org/nowhere: no such folder here, and the Hub cannot be reached$"):
+        ProcessRewardModel.from_pretrained("org/nowhere")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm.auto import tqdm
@@ -109,6 +109,10 @@ class ProcessRewardModel:
                 folder = Path(snapshot_download(str(model_id), revision=revision, ignore_patterns=ignore))
             except HFValidationError as error:
                 raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
+            except RepositoryNotFoundError as error:
+                raise FileNotFoundError(f"{model_id}: no such folder here, and no such model on the Hub") from error
+            except LocalEntryNotFoundError as error:
+                raise FileNotFoundError(f"{model_id}: no such folder here, and the Hub cannot be reached") from error
         step_format = step_format or StepFormat.load(folder)
         is_adapter = (folder / "adapter_config.json").is_file()
         if step_format.head is not None and quantization_config is not None:
