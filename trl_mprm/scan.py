@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate, chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, BinaryIO, NamedTuple
 
@@ -36,7 +37,7 @@ from .shards import Shard, line_batches, lines_at
 
 
 class _Step(msgspec.Struct, gc=False):
-    step: msgspec.Raw  # not even copied
+    step: str
     score: Annotated[float, msgspec.Meta(ge=0, le=1)]
     num_mc_total: int | None = None
 
@@ -46,7 +47,7 @@ class _Raw(msgspec.Struct, gc=False):
 
     steps_with_score: list[_Step]
     question_orig: str | None = None
-    question: str | None = None
+    question: msgspec.Raw = msgspec.Raw()  # long: read only where question_orig is missing
     prompt: str | None = None
     image: str | tuple[str, ...] | None = None
     images: str | tuple[str, ...] | None = None
@@ -56,11 +57,10 @@ class _Raw(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Raw).decode
-_decode_text = msgspec.json.Decoder(str).decode
-# A JSON string that begins so has text: a quote and a visible character, of ASCII and without escape, or the first byte
-# of a longer one (U+00C0 and up, without the blocks in which some are blank: those of C2, E1, E2 and E3).
-_FIRST = {*range(0x21, 0x7F), *range(0xC3, 0xF5)} - {0x22, 0x5C, 0xE1, 0xE2, 0xE3}
-_PLAIN = {b'"' + bytes([code]) for code in _FIRST}
+_decode_text = msgspec.json.Decoder(str | None).decode
+_steps, _step, _score, _total, _rollout_id = map(
+    attrgetter, ("steps_with_score", "step", "score", "num_mc_total", "rollout_id")
+)
 
 
 def score_shard(
@@ -129,7 +129,6 @@ class _Rows:
     ):
         self.source, self.sources, self.finder = source, sources, finder
         self.drop_answer_step, self.count_words = drop_answer_step, count_words
-        self.needs_texts = drop_answer_step or count_words
         self.unread = ImageFinder(None, check=False)
         self.numbers: dict[str, int] = {}  # of sources
         self.states: dict[tuple[int, int, int], int] = {(-1, -1, -1): 0}  # source, reason, unread; 0: a blank line
@@ -156,18 +155,15 @@ class _Rows:
 
     def _narrow(self, lines: list[bytes]) -> bool:
         try:
-            rows = [_decode(line) for line in lines]
-            steps_of = [row.steps_with_score for row in rows]
-            steps = list(chain.from_iterable(steps_of))
-            texts = None
-            if self.needs_texts or not _PLAIN.issuperset([bytes(step.step)[:2] for step in steps]):
-                texts = [_decode_text(step.step) for step in steps]
-                if not all([text.strip() for text in texts]):
-                    return False
+            rows = list(map(_decode, lines))
+            questions = [row.question_orig or _question(row) for row in rows]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return False
-        scores, counts = [step.score for step in steps], list(map(len, steps_of))
-        totals = [step.num_mc_total for step in steps]
+        steps = list(chain.from_iterable(map(_steps, rows)))
+        texts, scores, totals = (list(map(field, steps)) for field in (_step, _score, _total))
+        counts = [len(row.steps_with_score) for row in rows]
+        if not all(map(str.strip, texts)):
+            return False
         if self.drop_answer_step or 0 in totals:
             ends = list(accumulate(counts))
             if self.drop_answer_step:
@@ -180,18 +176,18 @@ class _Rows:
             return False
         sources = self.sources[self.n_lines : self.n_lines + len(lines)] or [self.source] * len(lines)
         groups = []
-        for row, source in zip(rows, sources, strict=False):
+        for row, question, source in zip(rows, questions, sources, strict=False):
             images = row.images or row.image or row.image_url or ()
-            key = (row.source or source, row.question_orig or row.question or row.prompt, images)
+            key = (row.source or source, question, images)
             found = self.groups.get(key) or self._new_group(key)
             if found is None:
                 return False
             groups.append(found)
         if len(groups) < len(lines):
             return False
-        for number, row in enumerate(rows, self.n_lines):
-            if row.rollout_id:
-                self.own_ids[number] = row.rollout_id
+        ids = list(map(_rollout_id, rows))
+        if any(ids):
+            self.own_ids |= {number: own for number, own in enumerate(ids, self.n_lines) if own}
         self._append(lines, groups, counts, scores)
         if self.count_words:
             n_words = [len(text.split()) for text, total in zip(texts, totals, strict=True) if total != 0]
@@ -297,6 +293,10 @@ class _Rows:
             ids=ids,
             words=words if self.count_words else None,
         )
+
+
+def _question(row: _Raw) -> str | None:
+    return (_decode_text(row.question) if bytes(row.question) else None) or row.prompt
 
 
 def _check(line: bytes) -> int:
