@@ -28,7 +28,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl_mprm import ProcessRewardModel
 from trl_mprm.cli import main
 from trl_mprm.internvl_chat import convert_internvl_chat
-from trl_mprm.published import VISUALPRM_SYSTEM
+from trl_mprm.published import VISUALPRM_SYSTEM, published_format
+from trl_mprm.step_format import StepFormat
 
 
 ADDED = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
@@ -706,3 +707,11 @@ def test_sentencepiece_models_that_cannot_be_converted_for_sure_are_refused(tmp_
     settings["added_tokens_decoder"][str(last + 5)] = settings["added_tokens_decoder"].pop(str(last))
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     assert_one_line(source, tmp_path, f"gives '</box>' the id {last + 5}", ValueError)
+
+
+def test_a_known_checkpoint_takes_its_format_along(tmp_path, sentencepiece_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("OpenGVLab").mkdir()
+    write_checkpoint(Path("OpenGVLab/VisualPRM-8B"), "InternLM2", sentencepiece_model)
+    convert_internvl_chat("OpenGVLab/VisualPRM-8B", "native")
+    assert StepFormat.load("native") == published_format("visualprm")

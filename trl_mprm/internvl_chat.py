@@ -43,6 +43,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 from transformers.utils import is_protobuf_available
 
+from .published import CHECKPOINTS, published_format
+
 
 # Native name -> name in the checkpoint. `[q]` marks a part of a fused tensor.
 VISION_NAMES = {
@@ -105,7 +107,8 @@ def convert_internvl_chat(
     Write the checkpoint into `output` as `InternVLForConditionalGeneration` with its processor.
 
     The folder appears when it is whole. It loads with `AutoModelForImageTextToText` and `AutoProcessor`, offline and
-    without remote code. Tensors keep their precision; the conversion holds them all in memory (16 GB for 8B in bfloat16).
+    without remote code, and with [`ProcessRewardModel`] where the format is known by the Hub id. Tensors keep their
+    precision; the conversion holds them all in memory (16 GB for 8B in bfloat16).
 
     Args:
         checkpoint (`str`):
@@ -157,6 +160,8 @@ def convert_internvl_chat(
             whole = Path(part) / output.name
             model.save_pretrained(whole, max_shard_size="5GB")
             processor.save_pretrained(whole)
+            if str(checkpoint) in CHECKPOINTS:
+                published_format(str(checkpoint)).save(whole)
             whole.replace(output)
     return {
         "text": type(config.text_config).__name__.removesuffix("Config"),
