@@ -125,6 +125,31 @@ def test_model_names_its_subset_by_commit(corpus, tiny_folders, tmp_path):  # no
     assert "| GEOS | 7 | 1 | 6 | 3 |" in card
 
 
+class BothHubs(CommitHub, ReadHub):
+    """Read `org/rollouts`, write `someone/kept-rollouts`."""
+
+    def do_GET(self):
+        (ReadHub if "org/rollouts" in self.path else CommitHub).do_GET(self)
+
+    def do_POST(self):
+        (ReadHub if "/paths-info/" in self.path else CommitHub).do_POST(self)
+
+
+def test_card_of_a_subset_names_its_source_by_commit_with_its_licence(tmp_path):
+    row = {"question": "1 + 1?", "steps_with_score": [{"step": "2", "score": 0.5, "num_mc_total": 16}]}
+    files = {"README.md": b"# rollouts", "train.jsonl": "".join(json.dumps(row) + "\n" for _ in range(4)).encode()}
+    hub = type("OneHub", (BothHubs,), {"commits": [], "lfs": {}, "files": files})
+    with hub_on_this_machine(hub, tmp_path / "home") as env:
+        argv = [sys.executable, "-c", PUSH, "org/rollouts", tmp_path / "kept.jsonl"]
+        done = subprocess.run(argv, env=env | {"HF_TOKEN": "hf_x"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (published,) = hub.commits
+    card, selection = ModelCard(published["README.md"].decode()), json.loads(published["selection.json"])
+    assert card.data.license == "mit" and selection["input_revisions"] == {"org/rollouts": hub.sha}
+    assert f"of [org/rollouts](https://huggingface.co/datasets/org/rollouts) (commit {hub.sha})." in card.text
+    assert f"| revision of the subset | `{selection['revision']}`, XXH3-128 of the kept lines |" in card.text
+
+
 @pytest.mark.parametrize("record", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
 def test_kept_cards_are_renderings_of_their_records(record):
     assert record.with_suffix(".md").read_text() == str(render_card(read_record(record)))

@@ -347,6 +347,7 @@ class Hub(BaseHTTPRequestHandler):
             entries = [self.entry(name) for name in self.listed(path)]
             siblings = [{"rfilename": name} for name in self.files]
             info = {"id": "org/rollouts", "sha": self.sha, "siblings": siblings, "private": False, "tags": []}
+            info["cardData"] = {"license": "mit"}
             self.answer(json.dumps(entries if "/tree/" in path else info).encode())
         else:
             self.answer(None, code="RepoNotFound")
