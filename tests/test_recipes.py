@@ -1,5 +1,6 @@
 """Every recipe is a lab record, is parsed by the real command and runs its first steps with --smoke."""
 
+import math
 import os
 import re
 import subprocess
@@ -53,9 +54,21 @@ def test_recipe_is_a_lab_record(recipe):
     subset = recipe.stem.rsplit("_", 2)[1]
     fraction = settings.get("fraction", 1.0)
     assert settings.get("rule") == {"full": None, "random10": "random"}.get(subset, "bis")
-    assert ROLLOUTS * fraction / batch == pytest.approx(STEPS[subset], rel=0.01)
+    numbers = re.search(r"# (\S+) rollouts / 512 = (\S+) steps, (\S+) in the paper", text).groups()
+    rollouts, steps, in_paper = (int(number.replace(",", "")) for number in numbers)
+    assert rollouts == pytest.approx(ROLLOUTS * fraction, rel=1e-3)
+    assert steps == math.ceil(rollouts / batch) == pytest.approx(in_paper, rel=0.01) and in_paper == STEPS[subset]
     assert settings.get("alpha") == {"bis10": 0.2, "bis25": 0.05}.get(subset)
     assert settings["learning_rate"] == (1e-4 if settings.get("use_peft") else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl_7b_*_qlora", "qwen2_5_vl_7b_*_zero3", "internvl2_5_8b_*_qlora",
+                                  "internvl2_5_8b_*_zero3"])  # fmt: skip
+def test_twins_differ_in_their_selection_alone(kind):
+    selection = {"rule", "fraction", "alpha", "ties", "seed", "save_steps", "output_dir"}
+    twins = [yaml.safe_load(path.read_text()) for path in RECIPES.glob(f"{kind}.yaml")]
+    recipes = [{name: value for name, value in twin.items() if name not in selection} for twin in twins]
+    assert len(recipes) > 1 and all(recipe == recipes[0] for recipe in recipes)
 
 
 @pytest.mark.slow
@@ -74,11 +87,13 @@ def test_recipe_runs_its_first_steps(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--config", str(recipe), "--smoke"]) == 0
     (card, files), printed = cards[0], capsys.readouterr().out
+    stand_in = "qwen2_5_vl" if recipe.stem.startswith("qwen") else "internvl_llama"
+    assert f"tiny random {stand_in}\n" in printed
     assert ("adapter_model.safetensors" in files) == settings.get("use_peft", False)
     assert ("4-bit NF4" in card) == settings.get("load_in_4bit", False)
     if "rule" in settings:
         assert f"rule `{settings['rule']}`, fraction {settings['fraction']}" in card
-    assert "| optimizer steps | 2 |" in card and "eval_auc" in printed and "The recipe runs." in printed
+    assert "| optimizer steps | 2 |" in card and "eval_auc" in printed and "The recipe runs" in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -236,7 +236,7 @@ class DataArguments:
 
 SMOKE = (
     "only check the recipe: its first steps on a tiny random model of the same architecture and made rollouts, without "
-    "a download; shows that the fields fit together and that training runs, nothing of memory, speed or F1"
+    "a download; shows that the fields fit together and that training runs, nothing of memory, speed, F1 or the launcher"
 )
 
 
@@ -308,7 +308,8 @@ def _smoke(argv: list[str]) -> int:
         argv, told = cut_down(argv, Path(folder))
         train(argv)
     _print_table([["smoke", "the recipe", "here"], *told])
-    print("\nThe recipe runs. That its fields fit together is all this shows: nothing of memory, speed or F1.")
+    print("\nThe recipe runs; what it wrote is deleted again. That its fields fit together is all this shows:")
+    print("nothing of memory, speed, F1 or the launcher.")
     return 0
 
 

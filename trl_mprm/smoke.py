@@ -24,6 +24,7 @@ STAND_INS = {
     "qwen2.5-vl": "qwen2_5_vl",
     "qwen2_5-vl": "qwen2_5_vl",
     "qwen3-vl": "qwen3_vl",
+    "internvl2_5-8b": "internvl_llama",  # from InternLM2.5; most others have a Qwen2 decoder
     "internvl": "internvl",
     "smolvlm": "idefics3",
     "idefics3": "idefics3",
@@ -51,6 +52,16 @@ def cut_down(argv: list[str], folder: Path) -> tuple[list[str], list[list]]:
 
     Raises:
         `ValueError`: no stand-in for the model.
+
+    Examples:
+    ```python
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     argv, told = cut_down(["--model_name_or_path", "Qwen/Qwen2.5-0.5B"], Path(folder))
+    >>> told[0]
+    ['model', 'Qwen/Qwen2.5-0.5B', 'tiny random qwen2']
+
+    ```
     """
     parser = argparse.ArgumentParser(add_help=False)
     for name in ("config", "model_name_or_path", "dataset_name", "max_steps", "gradient_accumulation_steps"):
@@ -84,5 +95,8 @@ def cut_down(argv: list[str], folder: Path) -> tuple[list[str], list[list]]:
         ["rollouts", recipe.get("dataset_name"), f"{made['rollouts']} of the miniature"],
         ["optimizer steps", steps, STEPS],
         ["gradient accumulation", accumulation, 1],
+        ["evaluation", recipe.get("eval_dataset_name"), "on the same rollouts"],
+        ["device", "as launched", "CPU" if change["use_cpu"] else "GPU"],
+        ["checkpoints, reports, Hub", "as set", "none"],
     ]
     return [*argv, *(word for name, value in change.items() for word in (f"--{name}", str(value)))], told

@@ -91,7 +91,19 @@ def tiny_tokenizer(architecture: str, **special: str) -> PreTrainedTokenizerFast
 
 
 def tiny_model(architecture: str, folder: Path, seed: int = 0) -> str:
-    """Save a random model and its processor or tokenizer into `folder`; return the folder as a model id."""
+    """
+    Save a random model and its processor or tokenizer into `folder`; return the folder as a model id.
+
+    Examples:
+    ```python
+    >>> from tempfile import TemporaryDirectory
+    >>> from transformers import AutoConfig
+    >>> with TemporaryDirectory() as folder:
+    ...     AutoConfig.from_pretrained(tiny_model("internvl", Path(folder))).text_config.hidden_size
+    64
+
+    ```
+    """
     torch.manual_seed(seed)
     if architecture in ("qwen2", "llama"):
         processor = tiny_tokenizer(architecture)
@@ -126,8 +138,9 @@ def _qwen2_5_vl():
     )
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]}
+    ends = {"bos_token_id": None, "eos_token_id": None}  # the defaults lie beyond this vocabulary
     config = Qwen2_5_VLConfig(
-        text_config={**TEXT, "vocab_size": len(tokenizer), "rope_parameters": rope},
+        text_config={**TEXT, **ends, "vocab_size": len(tokenizer), "rope_parameters": rope},
         vision_config={**vision, "out_hidden_size": 64, "window_size": 56, **_patches(14)},
         **_qwen_ids(tokenizer),
     )
