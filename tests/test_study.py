@@ -25,11 +25,12 @@ def study():
 
 def test_plan_names_every_arm_with_every_seed(study):
     tasks = study.plan()
-    assert len(tasks) == len(set(tasks)) and len(study.SEEDS) >= 5
-    assert {(arm, seed) for world, arm, seed in tasks if world == "standard"} == {
-        (arm, seed) for arm in study.ARMS for seed in study.SEEDS
-    }
-    assert {world for world, _, _ in tasks} == set(study.WORLDS)
+    assert len(tasks) == len(set(tasks)) and len(study.SEEDS) >= 5 and len(study.FEWER_SEEDS) >= 3
+    expected = {("standard", arm, seed) for arm in study.CORE | study.MORE for seed in study.SEEDS}
+    expected |= {("standard", arm, seed) for arm in study.DEAR | study.LAST for seed in study.FEWER_SEEDS}
+    expected |= {(world, arm, seed) for world in study.WORLDS[1:] for arm in study.ROBUSTNESS
+                 for seed in study.FEWER_SEEDS}  # fmt: skip
+    assert set(tasks) == expected
 
 
 def test_worlds_differ_in_one_thing(study):
@@ -71,6 +72,25 @@ def test_runs_and_goes_on_where_it_stopped(study, tmp_path, capfd):
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "saturation.png", "rules.png", "labels.png", "robustness.png"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_rendered_once_is_rendered_each_time(study, tmp_path):
+    from trl_mprm import DataCollatorForProcessReward
+    from trl_mprm.demo.base import BASE_MODEL
+    from trl_mprm.modeling import add_marker, load_model, load_processing_class
+    from trl_mprm.step_format import StepFormat
+
+    study.build_world(tmp_path, TINY, 1)
+    rows, *_ = study.load_world(tmp_path)
+    model, processor = load_model(str(BASE_MODEL)), load_processing_class(str(BASE_MODEL), vision=True)
+    add_marker(model, processor, StepFormat())
+    once, each_time = study.RenderedOnce(processor), DataCollatorForProcessReward(processor)
+    once.remembered = {}
+    for batch in ([0, 1, 2, 3], [2, 9, 1, 30], [30, 2, 0, 9]):  # the last one only of rows that were seen
+        new, plain = (collator([rows[index] for index in batch]) for collator in (once, each_time))
+        assert new.keys() == plain.keys() and all(new[name].equal(plain[name]) for name in plain)
+    assert len(once.remembered) > 8
 
 
 def test_verdicts_follow_the_interval(study):

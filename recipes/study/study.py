@@ -27,18 +27,28 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import torch
+from datasets import Dataset, Image, List
 from report import write_report
 from tqdm.auto import tqdm
 
-from trl_mprm import ProcessRewardModel, evaluate_model, load_rollouts, read_benchmark, select
+from trl_mprm import (
+    DataCollatorForProcessReward,
+    ProcessRewardModel,
+    evaluate_model,
+    load_rollouts,
+    read_benchmark,
+    select,
+)
 from trl_mprm.demo.base import BASE_MODEL, train_base
 from trl_mprm.demo.run import make_trainer, make_world, start_worker, zero_shot_prm
 from trl_mprm.demo.settings import DEMO, Settings
 from trl_mprm.files import write_json
+from trl_mprm.rendering import render_rows
 
 
 SEEDS = (21, 22, 23, 24, 25)
+FEWER_SEEDS = SEEDS[:3]  # of the dearest arms and of the other worlds, to stay within two hours
 WEAKER_BASE_UPDATES = 1000  # half of the base's own
 
 
@@ -84,13 +94,15 @@ DEAR = {
     "full-2/N": replace(FULL, hard_threshold=2 / DEMO.num_mc),
     "full-soft": replace(FULL, loss_type="soft"),
     "random25x4": other("random", 25, num_train_epochs=4),  # as many updates as full
-    "true-full": replace(FULL, true_labels=True),
-    "bis25-hash": bis(25, ties="hash"),
+}
+LAST = {
     **{f"bis25-alpha{alpha}": bis(25, alpha=alpha) for alpha in (0.02, 0.2)},
+    "bis25-hash": bis(25, ties="hash"),
+    "true-full": replace(FULL, true_labels=True),
 }
 
 
-ARMS = CORE | MORE | DEAR
+ARMS = CORE | MORE | DEAR | LAST
 ROBUSTNESS = ("zero-shot", "random10", "bis10")
 WORLDS = ("standard", "lighter noise", "heavier noise", "better policy", "worse policy", "weaker base")
 
@@ -112,9 +124,10 @@ def base_of(world: str, output_dir: Path) -> Path:
 
 def plan() -> list[tuple[str, str, int]]:
     """World, arm and seed of every run, what matters most first."""
-    standard = [[("standard", arm) for arm in arms] for arms in (CORE, MORE, DEAR)]
-    standard[1] += [(world, arm) for world in WORLDS[1:] for arm in ROBUSTNESS]
-    return [(world, arm, seed) for block in standard for seed in SEEDS for world, arm in block]
+    core, more, dear, last = ([("standard", arm) for arm in arms] for arms in (CORE, MORE, DEAR, LAST))
+    other_worlds = [(world, arm) for world in WORLDS[1:] for arm in ROBUSTNESS]
+    blocks = (core, SEEDS), (more, SEEDS), (other_worlds, FEWER_SEEDS), (dear, FEWER_SEEDS), (last, FEWER_SEEDS)
+    return [(world, arm, seed) for block, seeds in blocks for seed in seeds for world, arm in block]
 
 
 def build_world(folder: Path, settings: Settings, seed: int) -> None:
@@ -124,12 +137,33 @@ def build_world(folder: Path, settings: Settings, seed: int) -> None:
 
 
 @lru_cache(maxsize=1)  # tasks of one world and seed follow each other
-def load_world(folder: Path) -> tuple[Dataset, Dataset, dict[str, list[int]]]:
-    """Rollouts of the corpus and of the validation split, and the true labels of the corpus by rollout."""
+def load_world(folder: Path) -> tuple[Dataset, Dataset, dict[str, list[int]], dict]:
+    """Rollouts of the corpus and of the validation split, true labels by rollout, and what `RenderedOnce` remembers."""
     rows, validation = (
-        load_rollouts(folder / part / "annotations", image_root=folder / part) for part in ("corpus", "validation")
+        load_rollouts(folder / part / "annotations", image_root=folder / part).cast_column(
+            "images", List(Image(decode=False))
+        )
+        for part in ("corpus", "validation")
     )
-    return rows, validation, json.loads((folder / "corpus" / "true_labels.json").read_text(encoding="utf-8"))
+    return rows, validation, json.loads((folder / "corpus" / "true_labels.json").read_text(encoding="utf-8")), {}
+
+
+class RenderedOnce(DataCollatorForProcessReward):
+    """Renders each rollout of a world once: a fifth of the time of a run, and twelve runs read it."""
+
+    remembered: dict[str, Any]
+
+    def _fitting(self, rows: list[dict[str, Any]], same_prompt: bool = False):
+        parts = [self._once(row) for row in rows]
+        tensors = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
+        return rows, [part[0] for part in parts], tensors, [0, 0, 0]
+
+    def _once(self, row: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+        if row["rollout_id"] not in self.remembered:
+            (rendered,), tensors = render_rows([row], self.processing_class, self.step_format)
+            picture = row["images"][0]["path"]  # four rollouts share it
+            self.remembered[row["rollout_id"]] = rendered, self.remembered.setdefault(picture, tensors)
+        return self.remembered[row["rollout_id"]]
 
 
 def subset_figures(mc_scores: list[list[float]], truth: list[list[int]]) -> dict[str, float]:
@@ -155,7 +189,7 @@ def run(output_dir: Path, settings: Settings, world: str, arm_name: str, seed: i
     if arm.rule is None:
         prm = zero_shot_prm(base)
     else:
-        scored, validation, truth = load_world(folder)
+        scored, validation, truth, remembered = load_world(folder)
         kept = select(scored, arm.rule, fraction=arm.fraction, alpha=arm.alpha, ties=arm.ties, seed=seed)
         rows = scored.select(kept.indices)
         true_labels = [truth[rollout] for rollout in rows["rollout_id"]]
@@ -168,6 +202,9 @@ def run(output_dir: Path, settings: Settings, world: str, arm_name: str, seed: i
             trainer = make_trainer(
                 rows, validation, kept.report, Path(scratch), settings, seed, base=base, disable_tqdm=True, **config
             )
+            collator = trainer.data_collator
+            trainer.data_collator = RenderedOnce(collator.processing_class, collator.step_format)
+            trainer.data_collator.remembered = remembered
             trainer.train()
         result["optimizer_steps"] = trainer.state.global_step
         prm = ProcessRewardModel(trainer.model, trainer.processing_class)
@@ -195,14 +232,19 @@ def run_all(output_dir: Path, tasks: list[tuple[str, str, int]], settings: Setti
             pool.submit(build_world, output_dir / "worlds" / name, settings_of(world, settings), seed)
             for name, (world, seed) in {data_name(world, seed): (world, seed) for world, _, seed in left}.items()
         ]
+        for future in tqdm(as_completed(waiting), total=len(waiting), desc="worlds"):
+            future.result()
+        tasks = list(left)
+        on_weaker = next((place for place, (world, _, _) in enumerate(tasks) if world == "weaker base"), len(tasks))
         weaker = base_of("weaker base", output_dir)
-        if any(world == "weaker base" for world, _, _ in left) and not weaker.is_dir():
-            waiting.append(pool.submit(train_weaker_base, weaker))
-        for future in tqdm(as_completed(waiting), total=len(waiting), desc="worlds, and a weaker base"):
-            future.result()
-        running = [pool.submit(run, output_dir, settings, *task, record) for task, record in left.items()]
-        for future in tqdm(as_completed(running), total=len(running), desc=f"runs (details: {log})"):
-            future.result()
+        training = [pool.submit(train_weaker_base, weaker)] if tasks[on_weaker:] and not weaker.is_dir() else []
+        with tqdm(total=len(tasks) + len(training), desc=f"runs (details: {log})") as bar:
+            for part in (tasks[:on_weaker], tasks[on_weaker:]):
+                running = [pool.submit(run, output_dir, settings, *task, left[task]) for task in part]
+                for future in as_completed(training + running):
+                    future.result()
+                    bar.update()
+                training = []
 
 
 def train_weaker_base(folder: Path) -> None:
