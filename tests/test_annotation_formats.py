@@ -40,6 +40,15 @@ def rated(rating, text, chosen=0, **fields):
     return {"completions": candidates, "human_completion": None, "chosen_completion": chosen} | fields
 
 
+def raw(total):
+    """Raw annotations whose second step has that `num_mc_total`."""
+    steps = [
+        {"step": STEPS[0], "score": 1.0, "num_mc_total": 16},
+        {"step": STEPS[1], "score": 0.0, "num_mc_total": total},
+    ]
+    return {"question": "How many?", "steps_with_score": steps}
+
+
 FORMATS = {
     "visualprm400k_v1_1_raw": {
         "question": "<image>\nAnswer: How many?",
@@ -102,6 +111,12 @@ def test_every_format_loads_from_one_file_and_is_selected_byte_by_byte(tmp_path)
     ("record", "labels"),
     [
         (conversation([0.5, 0.0], prm_counts={"k": [8, 0], "n": [16, 0]}), [0.5, -100.0]),
+        (conversation([0.5, 0.0], prm_counts={"k": [8, 0], "n": [16, "0"]}), [0.5, -100.0]),
+        (raw("0"), [1.0, -100.0]),
+        (raw(0.0), [1.0, -100.0]),
+        (raw(False), [1.0, -100.0]),
+        (raw("16"), [1.0, 0.0]),
+        (raw(None), [1.0, 0.0]),
         (prm800k(rated(0, "a"), rated(None, "b"), rated(1, "c")), [-100.0, -100.0, 1.0]),
         (prm800k(rated(-1, "a"), rated(1, "b", chosen=None, human_completion={"text": "c"})), [0.0, -100.0]),
     ],
@@ -130,6 +145,8 @@ def test_steps_that_nobody_judged_have_no_label(record, labels):
         ({"conversations": [{"from": "gpt", "value": [1.0]}]}, "prompt_missing"),
         ({"input": "q Step 1: a ки", "label": "q Step 1: a ки"}, "step_without_score"),
         ({"input": "q", "label": "q"}, "empty_steps"),
+        (FORMATS["trl"] | {"mc_total": 0}, "nothing_measured"),
+        (FORMATS["trl"] | {"mc_scores": [1.0, 0.0], "mc_total": "0"}, "nothing_measured"),
         (prm800k(), "empty_steps"),
         (prm800k({"completions": [], "human_completion": None, "chosen_completion": None}), "step_without_text"),
         (prm800k(rated(1, "a", chosen=7)), "step_without_text"),

@@ -17,3 +17,13 @@ def test_bench_select(tmp_path):
     assert all(results[name] > 0 for name in ratios)
     assert results["kept"] == 30 <= results["kept_by_hf_path"]
     assert "300 rollouts" in run.stdout and "peak memory" in run.stdout
+
+
+def test_bench_parsers():
+    """Those that are installed are compared, and the others named."""
+    script = Path(__file__).parent.parent / "recipes" / "bench" / "select.py"
+    argv = [sys.executable, script, "--rows", "40", "--parsers", "--repeats", "1"]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    named = {line.replace(":", " ").split()[0] for line in run.stdout.splitlines() if line.strip()}
+    assert {"json", "msgspec", "pyarrow", "orjson", "simdjson", "polars", "duckdb"} <= named

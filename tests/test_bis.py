@@ -95,6 +95,15 @@ def test_raw_steps_give_the_same_columns_as_their_scores(as_table):
         assert add_bis({"steps_with_score": raw[0]})["bis_n_steps"] == 1
 
 
+@pytest.mark.parametrize("total", ["0", False, 0.0, 0])
+def test_a_step_that_was_never_tried_is_no_negative_however_0_is_written(total):
+    raw = [[{"score": 0.5, "num_mc_total": None}, {"score": 0.0, "num_mc_total": total}]]
+    for row in ({"steps_with_score": raw}, pa.table({"steps_with_score": raw})):
+        columns = add_bis(row)
+        columns = columns.to_pydict() if isinstance(row, pa.Table) else columns
+        assert (columns["bis_n_steps"], columns["bis_p_pos"]) == ([1], [1.0])
+
+
 def test_a_score_that_is_no_number_makes_the_row_invalid():
     for scores in (["0.5", "1"], [True, False]):
         raw = [{"score": score} for score in scores]

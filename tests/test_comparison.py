@@ -60,11 +60,11 @@ def describe_plainly(folder) -> dict:
     }
 
 
-@pytest.mark.parametrize("ties", ["first", "hash"])
-def test_each_column_describes_what_the_rule_keeps(tmp_path, monkeypatch, ties):
+@pytest.mark.parametrize("ties, by", [("first", "source"), ("hash", "corpus")])
+def test_each_column_describes_what_the_rule_keeps(tmp_path, monkeypatch, ties, by):
     write_corpus(tmp_path / "in")
     monkeypatch.setattr("trl_mprm.comparison.plan_shards", lambda inputs: plan_shards(inputs, 4000))
-    parameters = {"fraction": 0.25, "alpha": 0.05, "ties": ties, "seed": 5}
+    parameters = {"fraction": 0.25, "alpha": 0.05, "ties": ties, "seed": 5, "by": by}
     table = compare_rules(tmp_path / "in", **parameters)
     assert list(table) == ["full data", *RULES]
     assert table["full data"] == pytest.approx(describe_plainly(tmp_path / "in"))

@@ -1,12 +1,14 @@
 """Kept rows as a dataset on this disk and on the Hub."""
 
 import base64
+import fcntl
 import hashlib
 import io
 import json
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import datasets
 import pyarrow.parquet as pq
@@ -48,9 +50,11 @@ def corpus(tmp_path):
 
 
 def test_save_to_disk(corpus, tmp_path, capsys):
-    argv = ["select", str(corpus), "--fraction", "0.5", "--output", str(tmp_path / "kept"), "--save-to-disk"]
+    argv = ["select", str(corpus), "--fraction", "0.5", "--save-to-disk", "--report", str(tmp_path / "page.html")]
+    argv += ["--output", str(tmp_path / "kept")]
     assert main(argv) == 0
     assert f"evidence: {tmp_path}/kept/selection.json" in capsys.readouterr().out
+    assert "6 of 12 rollouts kept" in (tmp_path / "page.html").read_text("utf-8")
     kept = load_from_disk(str(tmp_path / "kept"))
     select_files(corpus, tmp_path / "jsonl", fraction=0.5)
     expected = load_rollouts(tmp_path / "jsonl", image_root=corpus)
@@ -67,8 +71,54 @@ def test_save_to_disk(corpus, tmp_path, capsys):
     assert main(argv) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob(".select.*"))
-    assert main([*argv[:-2], str(corpus), "--save-to-disk"]) == 2
+    assert main([*argv[:-1], str(corpus)]) == 2
     assert "is no dataset of an earlier run" in capsys.readouterr().err
+
+
+def test_what_killed_runs_left_is_removed_and_what_others_use_is_not(corpus, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("dead", "alive"):
+        (tmp_path / "out" / f".select.{name}.part").mkdir()
+        (tmp_path / "out" / f".select.{name}.part" / "lock").touch()
+        (tmp_path / "out" / f".select.{name}.part" / "0.kept").touch()
+    with open(tmp_path / "out" / ".select.alive.part" / "lock", "r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        select_files(corpus, tmp_path / "out" / "kept.jsonl", fraction=0.5)
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".select.alive.part"]
+
+
+def test_no_report_of_an_earlier_run_stands_beside_other_rows(corpus, tmp_path, monkeypatch):
+    select_files(corpus, tmp_path / "out", fraction=0.5)
+    renames, rename = [], Path.rename
+
+    def killed_at_the_second(path, target):
+        renames.append(path.name)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        select_files(corpus, tmp_path / "out", fraction=1.0)
+    assert len(renames) == 2 and not (tmp_path / "out" / "selection.json").exists()
+
+
+def test_a_page_that_cannot_be_written_stops_before_the_outputs(corpus, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    argv = ["select", str(corpus), "--output", str(tmp_path / "out"), "--report", str(tmp_path / "file" / "page.html")]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: ") and not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_half_a_surrogate_pair_in_an_unused_field(tmp_path, caplog, to_disk):
+    row = {"prompt": "q", "completions": ["a"], "labels": [1], "answer": "\ud800!", "x": ["\udfff"], "\ud800key": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    output = tmp_path / "out" / ("kept" if to_disk else "kept.parquet")
+    select_files(tmp_path / "a.jsonl", output, fraction=1, save_to_disk=to_disk)
+    (kept,) = (load_from_disk(str(output)) if to_disk else Dataset(pq.read_table(output))).to_list()
+    assert (kept["answer"], kept["x"], kept["\\ud800key"]) == ("\\ud800!", '["\\udfff"]', "1")
+    assert any("3 texts hold half of a surrogate pair" in message for message in caplog.messages)
 
 
 def test_streaming(corpus, caplog):
@@ -165,6 +215,15 @@ def test_push_to_hub(corpus, tmp_path):
     assert kept.features["images"] == local.features["images"]
     assert [row["images"][0].size for row in kept] == [row["images"][0].size for row in local]
     assert kept["labels"][:] == local["labels"][:]
+    # and can be selected from again, their pictures with them
+    (tmp_path / "pushed").mkdir()
+    (tmp_path / "pushed" / "train.parquet").write_bytes(files["data/train-00000-of-00001.parquet"])
+    for name in ("again.jsonl", "again.parquet"):
+        select_files(tmp_path / "pushed", tmp_path / name, "random", fraction=0.5)
+        again = load_rollouts(tmp_path / name)
+        assert len(again) == 2 and set(again["rollout_id"]) < set(kept["rollout_id"])
+        sizes = {row["rollout_id"]: row["images"][0].size for row in kept}
+        assert [row["images"][0].size for row in again] == [sizes[row["rollout_id"]] for row in again]
     card = files["README.md"].decode()
     for words in (
         "path: data/train-*",
@@ -187,4 +246,7 @@ def test_card_of_a_dataset_of_the_hub(corpus, tmp_path):
         and "of [org/rollouts](https://huggingface.co/datasets/org/rollouts)." in card.text
     )
     assert "trl-mprm select org/rollouts --rule bis --fraction 0.5 --alpha 0.2" in card.text
+    whole = dataset_card("you/kept", report | {"by": "corpus"})
+    assert "--by corpus" in whole.text and "50% of the whole corpus that" in whole.text
+    assert "--by" not in card.text and "of the usable rollouts of each source" in card.text
     assert "--drop-answer-step" in card.text and 'load_dataset("you/kept", split="train")' in card.text

@@ -160,6 +160,18 @@ def test_an_error_on_a_worker_is_the_error_of_one_process(cluster, tmp_path, cap
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+def test_a_cluster_that_does_not_start_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(**_):
+        raise Exception("The current node timed out during startup.\nSee the logs.")  # as Ray raises it
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert main(["select", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--engine", "ray"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: Ray did not start (The current node timed out") and error.count("\n") == 1
+
+
 def test_without_ray(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "trl_mprm.ray_engine")

@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import pickle
@@ -9,6 +10,8 @@ from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import hub_on_this_machine
 from PIL import Image as PILImage
@@ -21,6 +24,7 @@ from trl_mprm.rollouts import (
     Rollout,
     describe_refusals,
     load_rollouts,
+    parse,
     read_rollouts,
 )
 
@@ -262,6 +266,15 @@ def test_line_ends_and_unicode(tmp_path):
     assert load_rollouts(tmp_path)["prompt"][:] == ["é\u2028ü 数"] * 2
 
 
+def test_a_number_of_more_digits_than_python_reads(tmp_path):
+    """Harmless in a field that is not read; as a score it is out of range."""
+    text = json.dumps(raw(answer="X", n=5)).replace('"X"', "1" * 5000)
+    assert parse(text.encode())["n"] == 5 and parse(text.encode()[:-1]) is None
+    odd = json.dumps(step(score="X")).replace('"X"', "1" * 5000)
+    items = list(read_rollouts(write(tmp_path / "a.jsonl", text, odd)))
+    assert items[0].row["labels"] == [0.5, 0.0] and items[1].reason is Reason.SCORE_OUT_OF_RANGE
+
+
 def test_refusals_are_logged_one_line_a_reason(tmp_path, caplog):
     write(tmp_path / "a.jsonl", "{", raw(), "{")
     write(tmp_path / "b.jsonl", "{", step(score=2))
@@ -297,6 +310,11 @@ def test_the_fingerprint_is_the_content(tmp_path):
             lambda path: [write(path / "x" / "a.jsonl", raw()), write(path / "y" / "a.jsonl", raw())],
             ValueError,
             "rename one of them",
+        ),
+        (
+            lambda path: [write(path / "a.jsonl", raw()), path],
+            ValueError,
+            "is the same file: its rows would count twice",
         ),
     ],
 )
@@ -413,6 +431,12 @@ def test_hub_dataset_with_zipped_annotations(tmp_path):
     assert "image_root" in error
 
 
+def parquet(rows):
+    """A table of rows as a file of the Hub."""
+    pq.write_table(pa.Table.from_pylist(rows), file := io.BytesIO())
+    return file.getvalue()
+
+
 SELECT = """
 import sys
 from trl_mprm import load_rollouts
@@ -439,9 +463,43 @@ def test_hub_dataset_is_streamed_and_selected(tmp_path, zip_there):
     assert done.returncode == 0, done.stderr
     name = "train" if zip_there else "rollouts"
     assert done.stdout.splitlines()[:2] == [f"['{name}:0', '{name}:1']"] * 2
-    assert (tmp_path / "kept" / "train.jsonl").read_text() == json.dumps(rows[0]) + "\n"
+    assert (tmp_path / "kept" / f"{name}.jsonl").read_text() == json.dumps(rows[0]) + "\n"
     assert json.loads((tmp_path / "kept" / "selection.json").read_text())["inputs"] == ["org/rollouts"]
     assert not list((tmp_path / "home").rglob("annotations"))  # nothing is unpacked
+
+
+def test_hub_dataset_of_several_splits_and_files(tmp_path):
+    """The split train is one source, its files one after the other, as `load_dataset` reads them; test is not read."""
+    rows = [stepwise(labels=[True, i % 3 == 0], prompt=f"{i}?") for i in range(8)]
+    rows[5]["labels"] = [True, None]  # refused
+    files = {"README.md": b"# rollouts", "data/test-00000-of-00001.parquet": parquet(rows)}
+    files |= {f"data/train-0000{i}-of-00002.parquet": parquet(rows[4 * i : 4 * i + 4]) for i in range(2)}
+    handler = type("OneHub", (Hub,), {"files": files})
+    with hub_on_this_machine(handler, tmp_path / "home") as env:
+        command = [sys.executable, "-c", SELECT, str(tmp_path / "kept" / "rows.parquet")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ids = [f"rollouts:{i}" for i in range(8) if i != 5]
+    assert done.stdout.splitlines()[:2] == [str(ids)] * 2
+    kept = pq.read_table(tmp_path / "kept" / "rows.parquet")
+    assert kept["rollout_id"].to_pylist() == ["rollouts:1", "rollouts:2", "rollouts:4"]  # mixed, int(7 * 0.5) of them
+    report = json.loads((tmp_path / "kept" / "selection.json").read_text())
+    assert list(report["sources"]) == ["rollouts"] and report["total"]["read"] == 8
+    (refused,) = (tmp_path / "kept" / "refused.jsonl").read_text().splitlines()
+    assert json.loads(refused) == {"file": "org/rollouts", "line": 6, "reason": "step_without_score"}
+
+
+def test_hub_dataset_that_select_cannot_read(tmp_path):
+    files = {"README.md": b"# rollouts", "train.json": json.dumps(stepwise()).encode()}
+    handler = type("OneHub", (Hub,), {"files": files})
+    with hub_on_this_machine(handler, tmp_path / "home") as env:
+        code = "import sys; from trl_mprm.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "select", "org/rollouts", "--output", str(tmp_path / "kept")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert error.startswith("error: org/rollouts: expected annotations.zip, or a split train of *.jsonl")
+    assert "got train.json" in error
 
 
 def test_hub_dataset_of_rows(tmp_path):

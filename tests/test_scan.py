@@ -1,6 +1,8 @@
 """Two passes over shards: the narrow reader against the careful one, any division of the files against a full sort."""
 
 import gzip
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -11,11 +13,13 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,9 +51,9 @@ texts = st.one_of(
 )
 numbers = st.one_of(
     st.sampled_from([0, 1, 0.0, -0.0, 0.5, 0.0625, 1.0, 1, 1]),
-    st.sampled_from([float("nan"), float("inf"), -1, 1.5, "0.5", None, True, [], 1e-320, 10**30]),
+    st.sampled_from([float("nan"), float("inf"), -1, 1.5, "0.5", None, True, [], 1e-320, 10**30, "DIGITS"]),
 )
-totals = st.sampled_from([16, 16, 16, 16, 0, 0.0, 16.0, None, "16", -1, 10**30])
+totals = st.sampled_from([16, 16, 16, 16, 0, 0.0, 16.0, None, "16", "0", False, -1, 10**30, "DIGITS"])
 step_records = st.fixed_dictionaries(
     {"step": texts, "score": numbers}, optional={"num_mc_total": totals, "num_mc_correct": st.just(3), "x": texts}
 )
@@ -69,7 +73,7 @@ records = st.fixed_dictionaries(
         "images": images,
         "source": st.one_of(texts, st.just(3)),
         "rollout_id": texts,
-        "answer": st.one_of(texts, st.floats(), st.just([[1]])),
+        "answer": st.one_of(texts, st.floats(), st.just([[1]]), st.just(["DIGITS"])),
     },
 )
 stepwise = st.fixed_dictionaries(
@@ -81,7 +85,8 @@ def encoded(record, ascii_only, tight, twice):
     line = json.dumps(record, ensure_ascii=ascii_only, separators=(",", ":") if tight else None)
     if twice:  # a key that stands twice: the last one counts
         line = '{"steps_with_score": [{"step": "x", "score": 0.25}], "question": "twice", ' + line[1:]
-    return line.encode("utf-8", "surrogatepass")
+    # A whole number that Python itself neither reads nor writes
+    return line.replace('"DIGITS"', "1" * 5000).encode("utf-8", "surrogatepass")
 
 
 lines = st.one_of(
@@ -172,29 +177,35 @@ def test_utf8_is_what_python_says(data):
 def write_corpus(folder, corpus):
     for source in {source for source, _ in corpus}:
         rows = [raw(scores, f"{source} {i % 3}") for i, (name, scores) in enumerate(corpus) if name == source]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{source}.jsonl").write_text(text[: -1 if len(text) % 2 else None])
-
-
-def by_a_full_sort(files, fraction, rule, alpha):
-    """Kept lines of each file: all rows scored one by one and sorted, stable, in file order."""
-    best = {}
-    for file in files:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        scored = []
         for number, row in enumerate(rows):
-            values = [step["score"] for step in row["steps_with_score"]]
-            if values and all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values):
+            row["answer"] = "long " * 20_000 if number % 10 == 9 else "数学 \u2028 🙂"
+            for step in row["steps_with_score"]:
+                if step["score"] == "missing":
+                    del step["score"]
+        text = "".join(json.dumps(row, ensure_ascii=len(rows) % 2 == 0) + "\n" for row in rows)
+        (folder / f"{source}.jsonl").write_text(text[: -1 if len(text) % 2 else None], "utf-8")
+
+
+def by_a_full_sort(files, fraction, rule, alpha, ties="first", seed=0, by="source"):
+    """Kept lines of each file: all rows scored one by one and sorted, stable, in file order or by a hash of their name."""
+    parts, best = defaultdict(list), {file.stem: [] for file in files}
+    for file in files:
+        for number, line in enumerate(file.read_text("utf-8").split("\n")):
+            values = [step.get("score") for step in json.loads(line)["steps_with_score"]] if line else []
+            if values and all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
                 columns = add_bis({"mc_scores": values}, alpha)
                 score = {
                     "bis": columns["bis"],
                     "reliable": columns["bis_reliability"],
                     "low_mc": -sum(value for value in values) / len(values),
                 }[rule]
-                scored.append((score, number))
-        quota = max(1, int(len(scored) * fraction))
-        best[file.stem] = sorted(number for _, number in sorted(scored, key=lambda pair: -pair[0])[:quota])
-    return best
+                name = f"{seed}:{file.stem}:{number}".encode()
+                tie = hashlib.blake2b(name, digest_size=8).digest() if ties == "hash" else b""
+                parts[file.stem if by == "source" else None].append((-score, tie, file.stem, number))
+    for scored in parts.values():
+        for *_, name, number in sorted(scored, key=lambda row: row[:2])[: max(1, int(len(scored) * fraction))]:
+            best[name].append(number)
+    return {name: sorted(numbers) for name, numbers in best.items()}
 
 
 def select_shards(shards, rule, order=None, **parameters):
@@ -212,8 +223,13 @@ def select_shards(shards, rule, order=None, **parameters):
     return dict(kept), selection.build_report(cut, summary, after)
 
 
-scores_of_rows = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 0.3, "0.5", float("nan")]), min_size=1, max_size=4)
-corpora = st.lists(st.tuples(st.sampled_from("ab"), scores_of_rows), min_size=1, max_size=40)
+some_scores = [0.0, 0.5, 1.0, 1.0, 1.0, 0.3]
+odd_scores = ["0.5", float("nan"), None, "missing", 2, True]
+scores_of_rows = st.one_of(
+    *[st.lists(st.sampled_from(some_scores), min_size=1, max_size=4)] * 3,
+    st.lists(st.sampled_from([0.5, *odd_scores]), max_size=2),
+)
+corpora = st.lists(st.tuples(st.sampled_from(["a", "é数"]), scores_of_rows), min_size=1, max_size=40)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -222,21 +238,24 @@ corpora = st.lists(st.tuples(st.sampled_from("ab"), scores_of_rows), min_size=1,
     st.sampled_from([0.05, 0.25, 0.29, 0.5, 1.0]),
     st.sampled_from(RULES),
     st.sampled_from(["first", "hash"]),
-    st.sampled_from([1, 90, 300, 2**30]),
+    st.sampled_from(["source", None]),
+    st.sampled_from([1, 300, 100_000, 2**30]),
     st.randoms(use_true_random=False),
 )
-def test_any_division_in_any_order_keeps_the_same_rows(tmp_path_factory, corpus, fraction, rule, ties, size, shuffler):
+def test_any_division_in_any_order_keeps_what_a_full_sort_keeps(
+    tmp_path_factory, corpus, fraction, rule, ties, by, size, shuffler
+):
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder, corpus)
     shards = plan_shards(folder, shard_bytes=size)
     order = list(range(len(shards)))
     shuffler.shuffle(order)
-    options = {"fraction": fraction, "alpha": 0.2, "ties": ties, "seed": 3}
+    options = {"fraction": fraction, "alpha": 0.2, "ties": ties, "seed": 3, "by": by}
     whole = select_shards(plan_shards(folder), rule, **options)
     assert select_shards(shards, rule, order, **options) == whole
-    if ties == "first" and rule in ("bis", "reliable", "low_mc"):
+    if rule in ("bis", "reliable", "low_mc"):
         files = sorted(folder.glob("*.jsonl"))
-        assert {name: rows for name, rows in whole[0].items()} == by_a_full_sort(files, fraction, rule, 0.2)
+        assert whole[0] == by_a_full_sort(files, fraction, rule, 0.2, ties, 3, by)
 
 
 def test_ties_of_a_large_block_are_found_through_a_window(tmp_path):
@@ -358,6 +377,109 @@ def test_every_container_gives_the_same_selection(forms, tmp_path):
         if line in outputs["folder"][0].splitlines(True)
     }
     assert set(ids) <= numbers and len(ids) == outputs["folder"][1]["AI2D"]["kept"]
+
+
+def test_a_folder_with_an_archive_of_a_mac(forms, tmp_path):
+    """`annotations.zip` is what a folder holds that has no rows of its own; what macOS adds to an archive is no row."""
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    forms["zip"].rename(folder / "annotations.zip")
+    with zipfile.ZipFile(folder / "annotations.zip", "a") as archive:
+        archive.writestr("__MACOSX/annotations/._AI2D.jsonl", b"\0\5\x16\7")
+        archive.writestr("annotations/._AI2D.jsonl", b"\0\5\x16\7")
+    assert len(list(read_rollouts(folder))) == 3000
+    (folder / "own.jsonl").write_text("{\n")
+    assert len(list(read_rollouts(folder))) == 1
+
+
+def test_a_glob_takes_no_refusals_for_rows(tmp_path):
+    for name in ("a", "refused"):
+        (tmp_path / f"{name}.jsonl").write_text("{\n")
+    assert input_files(tmp_path / "*.jsonl") == input_files(tmp_path) == [tmp_path / "a.jsonl"]
+
+
+# ---- Parquet
+
+
+def write_parquet(path, rows, groups=7):
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=groups)
+    return path
+
+
+def test_parquet_is_divided_by_row_groups(tmp_path):
+    rng = random.Random(3)
+    rows = [
+        raw([rng.choice([0.0, 0.5, 1.0]) for _ in range(3)], f"q{i}", answer=f"{i} " * 50, when=datetime(2024, 1, 1))
+        for i in range(100)
+    ]
+    file = write_parquet(tmp_path / "in" / "a.parquet", rows)
+    shards = plan_shards(file, shard_bytes=1)
+    assert len(shards) == 15 and len(plan_shards(file)) == 1
+    assert {len(plan_shards(file, shard_bytes=size)) for size in (3000, 10_000)} <= set(range(2, 15))
+    # the first pass reads what rows are made of, the second one all
+    first = [json.loads(line) for shard in shards for _, lines in line_batches(shard) for line in lines]
+    assert first == [{key: row[key] for key in ("question", "steps_with_score")} for row in rows]
+    (seen, line), (_, last) = lines_at(shards[2], np.array([1, 6]), None)
+    assert json.loads(seen) == first[15] and json.loads(line) == rows[15] | {"when": "2024-01-01 00:00:00"}
+    assert json.loads(last)["question"] == "q20"
+    for ties in ("first", "hash"):
+        options = {"fraction": 0.3, "ties": ties}
+        assert select_shards(shards, "bis", **options) == select_shards(plan_shards(file), "bis", **options)
+    select_files(file, tmp_path / "kept.parquet", fraction=1.0)
+    assert pq.read_table(tmp_path / "kept.parquet")["rollout_id"].to_pylist() == [f"a:{i}" for i in range(100)]
+
+
+def test_parquet_without_rows_or_without_rollouts(tmp_path):
+    empty = pa.table({"prompt": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "empty.parquet")
+    assert list(read_rollouts(tmp_path / "empty.parquet")) == []
+    items = list(read_rollouts(write_parquet(tmp_path / "other.parquet", [{"text": "x"}] * 3)))
+    assert [item.reason for item in items] == ["unknown_format"] * 3
+
+
+@pytest.mark.parametrize("harm", ["cut", "bits", "text"])
+def test_damaged_parquet_is_one_clear_error(tmp_path, harm, capsys):
+    file = write_parquet(tmp_path / "a.parquet", [raw([1.0, 0.0])] * 20)
+    if harm == "text":
+        question = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+        pq.write_table(pa.table({"question": question}), file)
+    else:
+        data = bytearray(file.read_bytes())
+        data[20:200] = b"\xff" * 180
+        file.write_bytes(data[: len(data) // 2] if harm == "cut" else data)
+    assert main(["select", str(file), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {file}: expected a whole file, and it is damaged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parquet_file_that_changes_between_the_passes(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [raw([1.0, 0.0])] * 20)
+    (shard,) = plan_shards(file)
+    scores, summary = score_shard(shard)
+    write_parquet(file, [raw([0.0, 1.0])] * 20)
+    os.utime(file, ns=(0, shard.stamp[1]))
+    shard = shard._replace(stamp=(file.stat().st_size, shard.stamp[1]))
+    with pytest.raises(ValueError, match="a.parquet changed while it was read"):
+        emit(shard, scores, find_cut(summary, "bis", fraction=1.0), io.BytesIO(), io.BytesIO())
+
+
+def test_pictures_inside_parquet(tmp_path):
+    PILImage.new("RGB", (3, 2)).save(picture := io.BytesIO(), "PNG")
+    broken = {"bytes": b"no picture", "path": None}
+    rows = [
+        {"images": [{"bytes": picture.getvalue(), "path": "1.png"} if i else broken], "prompt": f"q{i % 2}"}
+        | {"completions": ["a", "b"], "labels": [1.0, 0.0]}
+        for i in range(5)
+    ]
+    write_parquet(tmp_path / "in" / "a.parquet", rows, groups=2)
+    report = select_files(tmp_path / "in", tmp_path / "out", fraction=0.5)
+    assert report["total"]["refused"] == {"image_unreadable": 1} and report["total"]["before"]["mean_group_size"] == 2
+    items = list(read_rollouts(tmp_path / "out" / "a.jsonl"))
+    assert [item.row["images"] for item in items] == [[{"path": None, "bytes": picture.getvalue()}]] * 2
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[1] | {"images": [{"bytes": "no base64"}]}) + "\n")
+    assert [item.reason for item in read_rollouts(tmp_path / "b.jsonl")] == ["image_unreadable"]
 
 
 def test_nothing_is_unpacked(forms, tmp_path):
@@ -524,7 +646,10 @@ def _is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize("sign", [".select.*.part/0.kept", ".refused.jsonl.*.part", ".a.jsonl.*.part", "a.jsonl"])
+READY = ".select.*.part/ready"
+
+
+@pytest.mark.parametrize("sign", [".select.*.part/0.kept", f"{READY}/refused.jsonl", f"{READY}/a.jsonl", "a.jsonl"])
 def test_killed_at_any_point_and_run_again(large, tmp_path, sign):
     out, whole = tmp_path / "out", large[1]
     argv = ["select", str(large[0]), "--fraction", "0.9", "--output", str(out)]
@@ -544,5 +669,4 @@ def test_killed_at_any_point_and_run_again(large, tmp_path, sign):
     if "selection.json" in there:
         assert there.keys() == whole.keys()
     assert main(argv) == 0
-    again = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
-    assert again == whole
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole  # and what was left is gone

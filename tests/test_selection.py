@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import random
@@ -48,12 +49,12 @@ def bis(scores, alpha):
     return (p_pos * (1 - p_pos) + alpha) * (sum(positive) / len(positive) if positive else 1.0)
 
 
-def naive_top(rows, fraction, key):
-    """A full stable sort of each source, best first, as the paper's script does it: ids in file order."""
+def naive_top(rows, fraction, key, by="source"):
+    """A full stable sort of each source (or of all), best first, as the paper's script does it: ids in file order."""
     by_source = defaultdict(list)
     for row in rows:
         if key(row) is not None:
-            by_source[row["source"]].append(row)
+            by_source[row[by] if by else None].append(row)
     kept = set()
     for group in by_source.values():
         group.sort(key=key, reverse=True)  # Python keeps the order of equal rows here, reverse or not
@@ -79,6 +80,36 @@ def test_kept_rows_equal_a_full_stable_sort(corpus, fraction, alpha):
         if kept:
             assert row["cut_score"] == kept[-1]
             assert (row["ties_at_cut"], row["ties_kept"]) == (valid.count(kept[-1]), kept.count(kept[-1]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(corpora, fractions, st.sampled_from(["first", "hash"]), st.integers(0, 3))
+def test_the_whole_corpus_is_cut_as_a_full_stable_sort_cuts_it(corpus, fraction, ties, seed):
+    data = dataset(corpus)
+    rows = data.to_list()
+
+    def by_hash(row):
+        return hashlib.blake2b(f"{seed}:{row['rollout_id']}".encode(), digest_size=8).digest()
+
+    order = sorted(rows, key=by_hash) if ties == "hash" else rows
+    expected = naive_top(order, fraction, lambda row: bis(row["mc_scores"], 0.05), by=None)
+    selection = select(data, fraction=fraction, ties=ties, seed=seed, by=None)
+    assert sorted(selection.kept) == sorted(expected)
+    scored = data.map(add_bis, batched=True).remove_columns("source")
+    assert top_fraction(scored, fraction, by=None, ties=ties, seed=seed).kept == selection.kept
+    # the evidence stays by source
+    report, kept = selection.report, [row for row in rows if row["rollout_id"] in selection.kept]
+    assert report["by"] == "corpus"
+    lowest = min((bis(row["mc_scores"], 0.05) for row in kept), default=None)
+    assert report["total"]["cut_score"] == lowest
+    for name, row in report["sources"].items():
+        values = [bis(s, 0.05) for source, s in corpus if source == name]
+        kept_values = [bis(r["mc_scores"], 0.05) for r in kept if r["source"] == name]
+        assert (row["read"], row["valid"]) == (len(values), len(values) - values.count(None))
+        assert row["kept"] == len(kept_values) == row["valid"] - row["dropped"]
+        if row["valid"]:
+            assert row["cut_score"] == lowest
+            assert (row["ties_at_cut"], row["ties_kept"]) == (values.count(lowest), kept_values.count(lowest))
 
 
 @settings(deadline=None)
@@ -282,12 +313,13 @@ def content(data):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["kept", "kept.jsonl", "kept.parquet"])
-def test_files_and_python_keep_the_same_rows(tmp_path, rule, name):
+@pytest.mark.parametrize("name, by", [("kept", "source"), ("kept.jsonl", "corpus"), ("kept.parquet", "source")])
+def test_files_and_python_keep_the_same_rows(tmp_path, rule, name, by):
     folder, output = corpus_folder(tmp_path / "raw"), tmp_path / "out" / name
-    report = select_files(folder, output, rule, fraction=0.3, alpha=0.2, ties="hash", seed=3)
+    report = select_files(folder, output, rule, fraction=0.3, alpha=0.2, ties="hash", seed=3, by=by)
     rollouts = load_rollouts(folder)
-    selection = select(rollouts, rule, fraction=0.3, alpha=0.2, ties="hash", seed=3)
+    by = None if by == "corpus" else by
+    selection = select(rollouts, rule, fraction=0.3, alpha=0.2, ties="hash", seed=3, by=by)
     again = load_rollouts(output, image_root=folder)
     kept = rollouts.filter(selection)
     assert content(again) == content(kept)
@@ -410,6 +442,37 @@ def test_refusals_of_an_earlier_run_are_removed(tmp_path):
         (lambda p: select_files(p / "raw", p / "new", fraction=0.5, alpha=-1), "alpha must be"),
         (lambda p: select_files(p / "none", p / "new", fraction=0.5), "no such file or folder"),
         (lambda p: select_files(p / "raw", p / "new", fraction=0.5, image_root=p / "none"), "no row can be used"),
+        (lambda p: select_files(p / "raw", p / "new", fraction=0.5, seed=-1), "seed must be a whole number"),
+        (lambda p: select_files(p / "raw", p / "new", fraction=0.5, by="file"), 'by must be "source"'),
+        (lambda p: select_files(p / "raw", p / "k.jsonl.gz", fraction=0.5), "expected .*or a folder, got .* in .gz"),
+        (lambda p: select_files(p / "raw", p / "k.json", fraction=0.5), "got a name ending in .json"),
+        (lambda p: select_files(p / "raw", p / "k.csv", fraction=0.5), "got a name ending in .csv"),
+        (lambda p: select_files([p / "raw", p / "raw" / "AI2D.jsonl"], p / "new", fraction=0.5), "is the same file"),
+        (lambda p: select_files([p / "raw", p / "link.jsonl"], p / "new", fraction=0.5), "each file once"),
+        # evidence is written too
+        (lambda p: select_files(p / "rows" / "refused.jsonl", p / "rows" / "k.jsonl", fraction=0.5), "is an input"),
+        (lambda p: select_files(p / "rows" / "refused.jsonl", p / "rows", fraction=0.5), "is an input"),
+        (lambda p: select_files(p / "rows" / "refused.jsonl", p / "new", fraction=0.5), "is where refused rows go"),
+        (lambda p: select_files(p / "raw", p / "refused.jsonl", fraction=0.5), "is where refused rows go"),
+        (lambda p: select_files(p / "raw" / "AI2D.jsonl", p / "raw", fraction=0.5, save_to_disk=True), "no dataset"),
+        # a glob that would find the output the next time
+        (
+            lambda p: select_files(f"{p}/raw/*.jsonl", p / "raw" / "k.jsonl", fraction=0.5),
+            "the next run would read it",
+        ),
+        (lambda p: select_files(f"{p}/ra*/**/*.jsonl", p / "raw" / "new", fraction=0.5), "the next run would read it"),
+        # the page has a place of its own
+        *[
+            (
+                lambda p, page=page: select_files(p / "raw", p / "new", fraction=0.5, page=p / page),
+                "expected a place for the page",
+            )
+            for page in ("raw/AI2D.jsonl", "new/GEOS.jsonl", "new/selection.json", "new/refused.jsonl", "full")
+        ],
+        (
+            lambda p: select_files(p / "raw", p / "n", fraction=0.5, save_to_disk=True, page=p / "n" / "page.html"),
+            "expected a place for the page",
+        ),
     ],
 )
 def test_file_errors_leave_everything_as_it_was(tmp_path, make, message):
@@ -418,10 +481,14 @@ def test_file_errors_leave_everything_as_it_was(tmp_path, make, message):
     (tmp_path / "full" / "other.jsonl").write_text("{}\n")
     (tmp_path / "dir.jsonl").mkdir()
     (tmp_path / "plain").write_text("a file")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((ValueError, OSError), match=message):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "raw" / "AI2D.jsonl")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "refused.jsonl").write_bytes((tmp_path / "raw" / "AI2D.jsonl").read_bytes())
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         make(tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
+    assert "\n" not in str(caught.value)
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

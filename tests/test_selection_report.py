@@ -116,6 +116,15 @@ def test_page_tells_what_the_report_tells(tmp_path, rule):
     assert page.tags.count("article") == 20 and "10 kept" in page.text and "10 dropped" in page.text
 
 
+def test_page_of_one_cut_for_the_whole_corpus(tmp_path):
+    text, report = make_page(tmp_path, "--by", "corpus", "--fraction", "0.25")
+    page = Page(text)
+    assert "0.25 of the whole corpus" in page.text and "All sources together keep max" in page.text
+    assert "of a source" not in page.text and "that of every source" not in page.text
+    assert int(page.ids["kept"]) == report["total"]["kept"] == 30
+    assert report["total"]["cut_score"] in [row["cut_score"] for row in report["sources"].values()]
+
+
 def test_page_needs_nothing_and_runs_nothing(tmp_path):
     page = Page(make_page(tmp_path, texts=tuple(EVIL))[0])
     (tmp_path / "harmless").mkdir()

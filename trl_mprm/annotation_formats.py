@@ -39,8 +39,9 @@ class Reason(StrEnum):
     IMAGE_UNREADABLE = "image_unreadable"  # no picture, cut short, or more than MAX_PIXELS pixels
 
 
-# Keys that end up in a row under another name or in another form.
+# Keys of a record that its row is made of. What else a record has is carried along, and not looked at.
 READ_KEYS = {
+    *("images", "prompt", "completions", "labels", "mc_scores", "mc_counts", "mc_total", "source", "rollout_id"),
     *("question", "question_orig", "steps_with_score", "num_mc_sequences", "image", "image_url"),
     *("conversations", "prm_counts", "input", "instruction", "output", "label"),
 }
@@ -96,10 +97,9 @@ def _raw_row(record: dict) -> dict:
     if not all(isinstance(step, dict) for step in steps):
         raise Refused(Reason.STEP_WITHOUT_TEXT)
     completions = _step_texts([step.get("step") for step in steps])
-    totals = [count(step.get("num_mc_total")) for step in steps]
-    # num_mc_total 0: the annotation stopped before this step and wrote a score of 0.0 that nobody measured
-    scores = [None if total == 0 else _score(step.get("score")) for step, total in zip(steps, totals, strict=True)]
-    known = {total for total in totals if total}
+    scores = [_score(step.get("score")) if measured(step.get("num_mc_total")) else None for step in steps]
+    known = {count(step.get("num_mc_total")) for step in steps} - {0, None}
+    known = known or {count(record.get("num_mc_sequences")) or None}
     return {
         "prompt": prompt,
         "completions": completions,
@@ -107,7 +107,7 @@ def _raw_row(record: dict) -> dict:
         "mc_scores": scores,
         "mc_counts": [count(step.get("num_mc_correct")) for step in steps],
         # one number for all steps, or none: a count over another total would be a wrong count
-        "mc_total": known.pop() if len(known) == 1 else None if known else count(record.get("num_mc_sequences")),
+        "mc_total": known.pop() if len(known) == 1 else None,
     }
 
 
@@ -128,6 +128,8 @@ def _stepwise_row(record: dict) -> dict:
         labels = [float(label) if isinstance(label, bool) else label for label in labels]
         labels = [None if label == -100 else _score(label) for label in labels]
     scores = labels if scores is None else [None if score is None else _score(score) for score in scores]
+    if not measured(record.get("mc_total")):
+        labels = scores = [None] * len(steps)
     return {
         "prompt": prompt,
         "completions": completions,
@@ -195,10 +197,9 @@ def marked_conversation(record: dict) -> dict:
     lists = [row["completions"], labels, right, of]
     if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
         raise Refused(Reason.LABELS_NOT_ONE_A_STEP)
-    totals = [count(total) for total in of]
-    known = {total for total in totals if total}
+    known = {count(total) for total in of} - {0, None}
     return row | {
-        "labels": [-100 if total == 0 else label for label, total in zip(labels, totals, strict=True)],
+        "labels": [label if measured(total) else -100 for label, total in zip(labels, of, strict=True)],
         "mc_counts": right,
         "mc_total": known.pop() if len(known) == 1 else None,
     }
@@ -352,6 +353,14 @@ def count(value: object) -> int | None:
     """A whole number from 0, anything else as unknown. 16.0 counts: columns with nulls come back as floats."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return int(value) if number and 0 <= value < 2**63 and value == int(value) else None
+
+
+def measured(total: object) -> bool:
+    """
+    Whether a step was tried at all, by the number of its continuations (`num_mc_total`). Of 0 (also as text, or false)
+    it was not: the annotation stopped before this step, and wrote a score of 0.0 that nobody measured.
+    """
+    return (total.strip() if isinstance(total, str) else total) not in (0, "0", "0.0")
 
 
 def own_text(record: dict | None, name: str) -> str | None:

@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .annotation_formats import measured as is_measured
+
 
 # Part of the fingerprint of `map(add_bis)`: raise it whenever a score changes, or old caches will be served.
-BIS_VERSION = "1"
+BIS_VERSION = "2"
 
 
 def balanced_information(scores: np.ndarray, offsets: np.ndarray, alpha: float = 0.05) -> dict[str, np.ndarray]:
@@ -131,7 +133,7 @@ def _plain_scores(steps: list) -> list[float]:
 
 
 def _raw_scores(steps: list[dict]) -> list[float]:
-    return [_number(step.get("score")) for step in steps if step.get("num_mc_total") != 0]
+    return [_number(step.get("score")) for step in steps if is_measured(step.get("num_mc_total"))]
 
 
 def _scores_from_arrow(column: pa.ChunkedArray, raw: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +144,10 @@ def _scores_from_arrow(column: pa.ChunkedArray, raw: bool) -> tuple[np.ndarray, 
         measured = np.ones(len(flat), bool)
         if "num_mc_total" in fields:
             total = pc.struct_field(flat, "num_mc_total")
-            measured = pc.fill_null(pc.not_equal(total, pa.scalar(0, total.type)), True).to_numpy(False)
+            if pa.types.is_floating(total.type) or pa.types.is_integer(total.type):
+                measured = pc.fill_null(pc.not_equal(total, pa.scalar(0, total.type)), True).to_numpy(False)
+            else:
+                measured = np.array([is_measured(value) for value in total.to_pylist()], bool)
         flat = pc.struct_field(flat, "score") if "score" in fields else pa.nulls(len(flat))
     else:
         measured = flat.is_valid().to_numpy(False)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .cut import RULES, Cut, Scores, Summary, describe, find_cut, kept_rows, merge, settle, summarize
 from .rollouts import Paths, local_inputs
-from .selection import check_cut, find_engine
+from .selection import check_cut, column_of, find_engine
 from .shards import Shard, plan_shards
 
 
@@ -40,6 +40,7 @@ def compare_rules(
     alpha: float = 0.05,
     ties: str = "first",
     seed: int = 0,
+    by: str = "source",
     image_root: str | os.PathLike | None = None,
     drop_answer_step: bool = False,
     engine: str = "local",
@@ -68,8 +69,8 @@ def compare_rules(
 
     ```
     """
-    check_cut(fraction, ties, alpha=alpha)
-    parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed}
+    check_cut(fraction, ties, alpha=alpha, seed=seed)
+    parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed, "by": column_of(by)}
     table = {}
     with find_engine(engine)(plan_shards(local_inputs(inputs)), image_root, drop_answer_step, words=True) as run:
         summary = merge(run.summaries())

@@ -16,6 +16,7 @@ each kind, and the cut follows exactly. Only the tied rollouts at the cut need a
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -105,9 +106,11 @@ class Cut:
     Which rows are kept. Made by [`find_cut`], completed by [`settle`], applied by [`kept_rows`].
 
     Attributes:
-        parameters (`dict`): rule, fraction, alpha, ties, seed.
+        parameters (`dict`): rule, by, fraction, alpha, ties, seed.
         check_images (`bool`): False if no row at all found its images and no image root was given.
-        sources (`tuple[str]`): The arrays below have one entry a source, in this order.
+        sources (`tuple[str]`): Names, sorted.
+        part (`np.ndarray`): Of each source, the part of the corpus that it is cut with: a part of its own, or one part
+            for all. The arrays below have one entry a part.
         valid, cut_score, ties, ties_kept: Usable rows, lowest kept score, rows that have it, and how many are kept.
         first_line (`dict`): shard -> number of its first line in its file.
         limit (`np.ndarray` of uint64): Ties with a smaller hash are kept. With `ties="first"` all hashes are 0.
@@ -118,6 +121,7 @@ class Cut:
     parameters: dict
     check_images: bool
     sources: tuple[str, ...]
+    part: np.ndarray
     valid: np.ndarray
     cut_score: np.ndarray
     ties: np.ndarray
@@ -134,7 +138,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Ties:
-    """Of one shard, by source: ties with a hash below the window of a cut, and the hashes inside with their counts."""
+    """Of one shard, by part: ties with a hash below the window of a cut, and the hashes inside with their counts."""
 
     shard: int
     below: np.ndarray
@@ -162,9 +166,11 @@ def summarize(scores: Scores, rows: np.ndarray | None = None) -> Summary:
     key, group = key[order], scores.group[rows][order]
     new = np.ones(len(key), bool)
     new[1:] = (key[1:] != key[:-1]) | (group[1:] != group[:-1])
+    values, starts = np.unique(key[new], return_index=True)
     groups = {
-        (scores.sources[value // 2], bool(value % 2)): group[new & (key == value)]
-        for value in np.unique(key[key >= 0])
+        (scores.sources[value // 2], bool(value % 2)): hashes
+        for value, hashes in zip(values.tolist(), np.split(group[new], starts[1:]), strict=False)
+        if value >= 0
     }
     first = {}
     if lines:
@@ -280,16 +286,19 @@ def find_cut(
     alpha: float = 0.05,
     ties: str = "first",
     seed: int = 0,
+    by: str | None = "source",
     images_required: bool = False,
 ) -> Cut:
     """
-    The cut of each source: `max(1, int(m * fraction))` of its `m` usable rows, the highest scores first.
+    The cut of each part: `max(1, int(m * fraction))` of its `m` usable rows, the highest scores first.
 
     Args:
         summary ([`Summary`]):
             Of all rows of the corpus.
         rule (`str`):
             One of `RULES`, or the name of the column whose scores the summary holds.
+        by (`str`, *optional*, defaults to `"source"`):
+            What a source is, for the report: each is cut on its own. None: the whole corpus is one part.
         images_required (`bool`, *optional*, defaults to `False`):
             Refuse rows without their images even if not one row has them.
 
@@ -297,17 +306,19 @@ def find_cut(
         [`Cut`]: Not settled where some ties are kept and others not.
     """
     ties = "hash" if rule in ("random", "mixed") else ties
-    kinds, n_sources = summary.kinds, len(summary.sources)
+    kinds, part = summary.kinds, np.arange(len(summary.sources))
+    part = part * 0 if by is None else part
+    n_parts = len(np.unique(part))
     # Not one usable row, and missing images the only fault of images: the annotations came without them.
     faults = {REASONS[reason] for reason in kinds["reason"] if reason >= 0 and REASONS[reason].startswith("image_")}
     check_images = images_required or bool((kinds["reason"] < 0).any()) or faults != {str(Reason.IMAGE_MISSING)}
     rows = np.flatnonzero(kinds["reason" if check_images else "unread"] < 0)
     score = _score(rule, alpha, kinds, summary.score)[rows]
-    source, count = kinds["source"][rows], summary.count[rows].astype(np.int64)
-    valid = np.bincount(source, count, n_sources).astype(np.int64)
-    cut_score, at_cut, kept = np.full(n_sources, np.nan), np.zeros(n_sources, np.int64), np.zeros(n_sources, np.int64)
-    order = np.lexsort((-score, source))
-    ends = np.searchsorted(source[order], np.arange(n_sources + 1))
+    row_part, count = part[kinds["source"][rows]], summary.count[rows].astype(np.int64)
+    valid = np.bincount(row_part, count, n_parts).astype(np.int64)
+    cut_score, at_cut, kept = np.full(n_parts, np.nan), np.zeros(n_parts, np.int64), np.zeros(n_parts, np.int64)
+    order = np.lexsort((-score, row_part))
+    ends = np.searchsorted(row_part[order], np.arange(n_parts + 1))
     for number in np.flatnonzero(valid):
         mine = order[ends[number] : ends[number + 1]]
         quota = max(1, int(int(valid[number]) * fraction))
@@ -319,16 +330,18 @@ def find_cut(
     for shard, (file, n_lines) in sorted(summary.lines.items()):
         first_line[shard] = lines[file]
         lines[file] += n_lines
+    parameters = {"rule": rule, "by": by or "corpus", "fraction": fraction}
     cut = Cut(
-        {"rule": rule, "fraction": fraction, "alpha": alpha if rule == "bis" else None, "ties": ties, "seed": seed},
+        parameters | {"alpha": alpha if rule == "bis" else None, "ties": ties, "seed": seed},
         check_images,
         summary.sources,
+        part,
         valid,
         cut_score,
         at_cut,
         kept,
         first_line,
-        limit=np.full(n_sources, ALL),
+        limit=np.full(n_parts, ALL),
         equal={},
         window=None,
     )
@@ -337,7 +350,7 @@ def find_cut(
 
 def _window(cut: Cut, width: float) -> tuple[np.ndarray, np.ndarray]:
     """Where the limits lie: hashes spread evenly, so the k-th of n is near k / n. `width` in standard deviations."""
-    low, high = np.zeros(len(cut.sources), np.uint64), np.full(len(cut.sources), ALL)
+    low, high = np.zeros(len(cut.valid), np.uint64), np.full(len(cut.valid), ALL)
     if cut.parameters["ties"] == "first":
         return low, np.zeros_like(high)
     for number in np.flatnonzero(cut.ties > 1000):
@@ -351,7 +364,7 @@ def _window(cut: Cut, width: float) -> tuple[np.ndarray, np.ndarray]:
 def tie_counts(scores: Scores, cut: Cut) -> Ties:
     """What [`settle`] needs to know of the ties of a shard: a few kilobytes."""
     low, high = cut.window
-    below, inside = np.zeros(len(cut.sources), np.int64), {}
+    below, inside = np.zeros(len(cut.valid), np.int64), {}
     for number, rows in _tied(scores, cut):
         hashes = _hashes(scores, rows, cut)
         below[number] = (hashes < low[number]).sum()
@@ -363,7 +376,7 @@ def settle(cut: Cut, ties: Iterable[Ties]) -> Cut:
     """Find the hash that parts kept from dropped ties. Call again while `cut.settled` is false."""
     ties = sorted(ties, key=lambda part: part.shard)
     limit, missed = cut.limit.copy(), False
-    equal = {part.shard: np.zeros(len(cut.sources), np.int64) for part in ties}
+    equal = {part.shard: np.zeros(len(cut.valid), np.int64) for part in ties}
     for number in np.flatnonzero(cut.ties_kept < cut.ties):
         none = (np.array([], np.uint64), np.array([], np.int64))
         inside = [part.inside.get(number, none) for part in ties]
@@ -401,21 +414,25 @@ def kept_rows(scores: Scores, cut: Cut) -> np.ndarray:
 
 def _states(scores: Scores, cut: Cut) -> np.ndarray:
     """Of each kind: 2 above the cut, 1 at the cut, 0 below it or refused."""
-    place = {source: number for number, source in enumerate(cut.sources)}
-    cut_score = cut.cut_score[[place[source] for source in scores.sources]][scores.kinds["source"]]
+    cut_score = cut.cut_score[_parts(scores, cut)]
     score = _score(cut.parameters["rule"], cut.parameters["alpha"], scores.kinds, scores.score)
     state = np.where(score > cut_score, 2, np.where(score == cut_score, 1, 0))
     return np.where(scores.kinds["reason" if cut.check_images else "unread"] < 0, state, 0)
 
 
+def _parts(scores: Scores, cut: Cut) -> np.ndarray:
+    """Of each kind: the part of the corpus that it is in."""
+    place = {source: number for number, source in enumerate(cut.sources)}
+    return cut.part[[place[source] for source in scores.sources]][scores.kinds["source"]]
+
+
 def _tied(scores: Scores, cut: Cut) -> Iterator[tuple[int, np.ndarray]]:
-    """Number of a source in the cut, and its lines at the cut score."""
-    state = _states(scores, cut)
-    for number, source in enumerate(cut.sources):
-        if source in scores.sources:
-            mine = (state == 1) & (scores.kinds["source"] == scores.sources.index(source))
-            if mine.any():
-                yield number, np.flatnonzero(np.append(mine, False)[scores.kind])
+    """A part of the corpus, and its lines at the cut score, ascending."""
+    part = np.append(np.where(_states(scores, cut) == 1, _parts(scores, cut), -1), -1)[scores.kind]
+    rows = np.flatnonzero(part >= 0)
+    rows = rows[np.argsort(part[rows], kind="stable")]
+    numbers, starts = np.unique(part[rows], return_index=True)
+    yield from zip(numbers.tolist(), np.split(rows, starts[1:]), strict=False)
 
 
 def _hashes(scores: Scores, rows: np.ndarray, cut: Cut) -> np.ndarray:
@@ -466,6 +483,14 @@ def describe_refused(summary: Summary, cut: Cut) -> list[str]:
     return lines
 
 
+def ties_of_sources(summary: Summary, cut: Cut) -> np.ndarray:
+    """How many rows of each source score just what the cut of their part is."""
+    kinds = summary.kinds
+    score = _score(cut.parameters["rule"], cut.parameters["alpha"], kinds, summary.score)
+    at = (score == cut.cut_score[cut.part[kinds["source"]]]) & (kinds["reason" if cut.check_images else "unread"] < 0)
+    return np.bincount(kinds["source"][at], summary.count[at], len(cut.sources)).astype(np.int64)
+
+
 def describe(summary: Summary, check_images: bool = True, source: str | None = None) -> dict[str, float | None]:
     """
     The usable rows of a summary in numbers: all, or those of one source.
@@ -474,11 +499,13 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
         `dict`: `n` rows, their `n_steps`, and (None where there is nothing to divide) `mixed_share`,
         `error_step_share`, `mean_mc`, and `mean_group_size`, the rows that share an image and a question.
     """
-    kinds = summary.kinds
+    kinds, count = summary.kinds, summary.count
+    if source is not None:  # sources are sorted, and so are kinds, by source first
+        number = bisect_left(summary.sources, source)
+        mine = slice(*np.searchsorted(kinds["source"], [number, number + 1]))
+        kinds, count = kinds[mine], count[mine]
     rows = kinds["reason" if check_images else "unread"] < 0
-    if source is not None:
-        rows &= kinds["source"] == summary.sources.index(source) if source in summary.sources else False
-    kinds, count = kinds[rows], summary.count[rows].astype(np.int64)
+    kinds, count = kinds[rows], count[rows].astype(np.int64)
     n_steps, n_pos = kinds["n_steps"].astype(np.int64), kinds["n_pos"].astype(np.int64)
     n, steps = int(count.sum()), int((count * n_steps).sum())
     numbers = {"n": n, "n_steps": steps} | dict.fromkeys(
@@ -488,11 +515,8 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
         numbers["mixed_share"] = int(count[(n_pos > 0) & (n_pos < n_steps)].sum()) / n
         numbers["error_step_share"] = 1 - int((count * n_pos).sum()) / max(steps, 1)
         numbers["mean_mc"] = math.fsum(count * kinds["mc_sum"]) / max(steps, 1)  # exact, so in any order
-    found = [
-        len(hashes)
-        for (name, checked), hashes in summary.groups.items()
-        if checked == check_images and source in (None, name)
-    ]
+    names = summary.sources if source is None else [source]
+    found = [len(summary.groups.get((name, check_images), ())) for name in names]
     if n:
         numbers["mean_group_size"] = n / max(sum(found) * 2**summary.halved, 1)
     return numbers

@@ -1,5 +1,6 @@
 """Finds the pictures of rollouts and benchmarks: inside one folder, whole, and not too large."""
 
+import base64
 import io
 import os
 import stat
@@ -47,14 +48,22 @@ class ImageFinder:
         return found
 
     def look(self, image: object) -> str | bytes | ImageRefused:
-        """The path of an image, or its bytes if they came along (`{"bytes": ..., "path": ...}`), or what is wrong."""
+        """
+        The path of an image, or its bytes if they came along (`{"bytes": ..., "path": ...}`, in JSON as base64), or what
+        is wrong.
+        """
         if isinstance(image, dict):
-            if isinstance(data := image.get("bytes"), bytes):
-                try:
+            data = image.get("bytes")
+            try:
+                if isinstance(data, str):
+                    data = base64.b64decode(data, validate=True)
+                if isinstance(data, bytes):
                     check_image(io.BytesIO(data))
-                except ImageRefused as refused:
-                    return refused
-                return data
+                    return data
+            except ImageRefused as refused:
+                return refused
+            except ValueError as error:  # of base64
+                return ImageRefused("image_unreadable", f"bytes of an image are no base64 ({error})")
             image = image.get("path")
         if not isinstance(image, str) or not image or not is_unicode(image):
             return ImageRefused("image_not_a_path", f"image is {image!r:.80}, expected a path")

@@ -50,7 +50,7 @@ CONVENTIONS = (
 
 # What else a card says of a benchmark.
 BENCHMARK_FACTS = ("n_solutions", "n_correct", "n_incorrect", "n_questions", "threshold", "threshold_protocol")
-SELECTION_FACTS = ("rule", "fraction", "alpha", "ties", "seed", "revision")
+SELECTION_FACTS = ("rule", "fraction", "by", "alpha", "ties", "seed", "revision")
 SOURCE_FACTS = ("read", "refused", "valid", "kept", "cut_score")
 
 

@@ -10,12 +10,15 @@ In, what each shard gave: a file of kept lines, one of refused rows, the line nu
 Nothing appears under its name before it is complete, and `selection.json` appears last.
 """
 
+import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from fnmatch import fnmatch
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +32,7 @@ from datasets import Dataset, DatasetInfo, Features, Value
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from .annotation_formats import READ_KEYS, own_text, to_row
+from .annotation_formats import READ_KEYS, is_unicode, own_text, to_row
 from .files import atomic_output, write_json
 from .images import ImageFinder
 from .rollouts import FEATURES, chunks, find_images, is_hub_id, parse
@@ -37,8 +40,11 @@ from .scan import Emitted
 from .shards import Paths, Shard
 
 
+logger = logging.getLogger(__name__)
+
 CARD = Path(__file__).parent / "templates" / "dataset_card.md"
 PARQUET_BYTES = 2**29  # of a file on the Hub
+OTHER_FORMS = (".gz", ".zst", ".zip", ".json", ".csv", ".arrow")  # no names for a folder
 RULE_TEXTS = {
     "bis": "the highest Balanced-Information Score, (p_pos (1 - p_pos) + alpha) R",
     "random": "at random",
@@ -69,6 +75,8 @@ class Outputs:
             Write a folder for `datasets.load_from_disk`.
         image_root (`str` or path, *optional*):
             Folder of the images. Defaults to the folder of each file.
+        page (`str` or path, *optional*):
+            Where the page about the selection goes.
     """
 
     def __init__(
@@ -78,17 +86,24 @@ class Outputs:
         inputs: Paths,
         save_to_disk: bool = False,
         image_root: str | os.PathLike | None = None,
+        page: str | os.PathLike | None = None,
     ):
         self.output, self.shards, self.save_to_disk, self.image_root = output, shards, save_to_disk, image_root
         self.inputs = [str(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
+        self.page = None if page is None else Path(page)
         one = save_to_disk or output.suffix in {".jsonl", ".parquet"}
         self.folder = output.parent if one else output
         sources = dict.fromkeys(shard.source for shard in shards)
         self.targets = [output] if one else [output / f"{source}.jsonl" for source in sources]
+        self.evidence = [] if save_to_disk else [self.folder / name for name in ("selection.json", "refused.jsonl")]
         self._check()
 
     def _check(self) -> None:
         output = self.output
+        if output.suffix in OTHER_FORMS and not output.is_dir():
+            raise ValueError(
+                f"{output}: expected *.jsonl, *.parquet or a folder, got a name ending in {output.suffix}"
+            )
         if output.is_file() if self.save_to_disk or output not in self.targets else output.is_dir():
             raise ValueError(
                 f"{output}: expected a folder, *.jsonl or *.parquet, and this is the other kind: rename it"
@@ -96,13 +111,26 @@ class Outputs:
         if self.save_to_disk and output.is_dir() and any(output.iterdir()) and not (output / "state.json").is_file():
             raise ValueError(f"{output} is no dataset of an earlier run, and not empty: give an empty folder")
         used = {Path(shard.file).resolve() for shard in self.shards}
-        for target in self.targets:
-            if target.resolve() in used:
+        inside = {folder for file in used for folder in file.parents} if self.save_to_disk else set()
+        for target in (*self.targets, *self.evidence):
+            if target.resolve() in used | inside:
                 raise ValueError(f"{target} is an input and would be overwritten: give another output")
+            if target in self.targets and target in self.evidence:
+                raise ValueError(f"{target} is where refused rows go: give another output, or rename that input")
+        if self.page is not None:
+            taken = used | {target.resolve() for target in (*self.targets, *self.evidence)}
+            if self.page.is_dir() or taken & {self.page.resolve(), *self.page.resolve().parents}:
+                raise ValueError(
+                    f"{self.page}: expected a place for the page, and there is an input, an output or a folder: give "
+                    "another one, as page.html"
+                )
         if self.folder.resolve() in [Path(item).resolve() for item in self.inputs] and not self.save_to_disk:
             raise ValueError(
                 f"{output} lies in the input folder, where the next run would read it: give another output"
             )
+        for item in self.inputs:
+            if glob.has_magic(item) and not Path(item).exists() and any(_matches(item, file) for file in self.targets):
+                raise ValueError(f"{output} matches {item}, and the next run would read it: give another output")
         others = {*self.folder.glob("*.jsonl"), *self.folder.glob("*.parquet")}
         others -= {*self.targets, self.folder / "refused.jsonl"}
         if output not in self.targets and others:
@@ -110,33 +138,40 @@ class Outputs:
                 f"{self.folder} already holds {min(others).name}, which is not of this run: give an empty folder"
             )
 
-    def write(self, report: dict, emitted: list[Emitted], parts: Path) -> None:
-        """Put the parts of the shards together, in order, under their final names."""
+    def write(self, report: dict, emitted: list[Emitted], parts: Path, page: str | None = None) -> None:
+        """Put the parts of the shards together, in order, and all that was made under its final name."""
         names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
         report["output"] = {} if self.save_to_disk or self.output.suffix == ".parquet" else _moved(names, emitted)
         refused = [parts / f"{shard.index}.refused" for shard in self.shards] if report["total"]["refused"] else []
         report["revision"] = _digest(parts / f"{shard.index}.kept" for shard in self.shards)
-        if self.save_to_disk:
-            self._write_dataset(report, emitted, parts, refused)
-            return
-        with ExitStack() as stack:  # leaves in reverse order: the report appears last, when all it tells of is there
-            part = stack.enter_context(atomic_output(self.folder / "selection.json"))
-            part.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        with ExitStack() as stack:
+            if page is not None:
+                stack.enter_context(atomic_output(self.page)).write_text(page, "utf-8")  # appears at the end
+            if self.save_to_disk:
+                self._write_dataset(report, emitted, parts, refused)
+                return
+            ready = parts / "ready"
+            ready.mkdir()
+            if self.output.suffix == ".parquet":
+                self._write_parquet(ready / self.output.name, self._rows(emitted, parts, report, resolve=False))
+            else:
+                kept: dict[str, list[Path]] = {}
+                for shard, name in zip(self.shards, names, strict=True):
+                    kept.setdefault(name, []).append(parts / f"{shard.index}.kept")
+                for name, files in kept.items():
+                    _join(files, ready / name)
             if refused:
-                _join(refused, stack.enter_context(atomic_output(self.folder / "refused.jsonl")))
-            for target in self.targets:
-                part = stack.enter_context(atomic_output(target))
-                if target.suffix == ".parquet":
-                    self._write_parquet(part, self._rows(emitted, parts, report, resolve=False))
-                else:
-                    mine = zip(self.shards, names, strict=True)
-                    _join([parts / f"{shard.index}.kept" for shard, name in mine if name == target.name], part)
-        if not refused:
-            (self.folder / "refused.jsonl").unlink(missing_ok=True)  # of an earlier run
+                _join(refused, ready / "refused.jsonl")
+            write_json(report, ready / "selection.json")
+            # From here on a kill leaves rows without a report: never the report of an earlier run beside other rows
+            for file in self.evidence:
+                file.unlink(missing_ok=True)
+            for file in sorted(ready.iterdir(), key=lambda file: file.name == "selection.json"):
+                file.rename(self.folder / file.name)
 
     def _write_dataset(self, report: dict, emitted: list[Emitted], parts: Path, refused: list[Path]) -> None:
         rows, table = self._rows(emitted, parts, report, resolve=True), parts / "rows.arrow"
-        schema = _features(rows()).arrow_schema
+        schema = self._features(rows()).arrow_schema
         with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for chunk in chunks(rows(), 1000):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
@@ -153,7 +188,7 @@ class Outputs:
         (parts / "dataset").rename(self.output)
 
     def _write_parquet(self, target: Path, rows: Callable[[], Iterator[dict]]) -> None:
-        schema = _features(rows()).arrow_schema
+        schema = self._features(rows()).arrow_schema
         with pq.ParquetWriter(target, schema) as writer:
             for chunk in chunks(rows(), 1000):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
@@ -163,7 +198,7 @@ class Outputs:
     ) -> None:
         """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
         rows, folder = self._rows(emitted, parts, report, resolve=True), parts / "hub"
-        schema = _features(rows()).arrow_schema
+        schema = self._features(rows()).arrow_schema
         (folder / "data").mkdir(parents=True)
         files, writer = [], None
         for chunk in chunks(rows(), 100):
@@ -213,15 +248,37 @@ class Outputs:
                     }
                     row = to_row(record, drop_answer_step) | {"images": find_images(record, finder)} | own
                     yield row | {  # fields that a row has no place for, as text
-                        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                        self._text(key): self._text(value)
                         for key, value in record.items()
-                        if value is not None and key not in row and key not in READ_KEYS
+                        if value is not None and key not in READ_KEYS
                     }
 
+    def _text(self, value: object) -> str:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if is_unicode(text):
+            return text
+        self.escaped += 1
+        return text.encode(errors="backslashreplace").decode()
 
-def _features(rows: Iterator[dict]) -> Features:
-    others = dict.fromkeys(key for row in rows for key in row if key not in FEATURES)
-    return Features({**FEATURES, **{key: Value("string") for key in others}})
+    def _features(self, rows: Iterator[dict]) -> Features:
+        self.escaped = 0
+        others = dict.fromkeys(key for row in rows for key in row if key not in FEATURES)
+        if self.escaped:
+            logger.warning("%s: %d texts hold half of a surrogate pair, written as \\ud...", self.output, self.escaped)
+        return Features({**FEATURES, **{key: Value("string") for key in others}})
+
+
+def _matches(pattern: str, path: Path) -> bool:
+    """Whether a glob would find a path, were it there."""
+
+    def fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+        if not pattern or not names:
+            return names == pattern
+        if pattern[0] == "**":
+            return fits(names, pattern[1:]) or fits(names[1:], pattern)
+        return fnmatch(names[0], pattern[0]) and fits(names[1:], pattern[1:])
+
+    return fits(*(Path(os.path.realpath(name)).parts for name in (path, pattern)))
 
 
 def _moved(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
@@ -269,6 +326,7 @@ def dataset_card(repo_id: str, report: dict, license: str | None = None) -> Data
     hub_ids = [item for item in report["inputs"] if is_hub_id(item)]
     words = ["trl-mprm", "select", *report["inputs"], "--rule", report["rule"], "--fraction", str(report["fraction"])]
     words += [] if report["alpha"] is None else ["--alpha", str(report["alpha"])]
+    words += ["--by", "corpus"] if report["by"] == "corpus" else []
     words += ["--ties", report["ties"], "--seed", str(report["seed"])]
     words += ["--drop-answer-step"] if report["drop_answer_step"] else []
     data = DatasetCardData(
@@ -285,6 +343,7 @@ def dataset_card(repo_id: str, report: dict, license: str | None = None) -> Data
         report=report,
         rows=[*report["sources"].items(), ("all", report["total"])],
         rule=RULE_TEXTS.get(report["rule"], "the highest first"),
+        part="the whole corpus" if report["by"] == "corpus" else "each source",
         shares=SHARES,
         dataset_ids=[_with_revision(item, report.get("input_revisions", {}).get(item)) for item in hub_ids],
         version=version("trl-mprm"),

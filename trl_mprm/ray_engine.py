@@ -3,9 +3,10 @@ The passes of `trl-mprm select` on a Ray cluster: `--engine ray`.
 
 In, the shards of a corpus; they stay where they are, and so do the scores of their lines:
 
-    Shard("raw/AI2D.jsonl", bytes 0 to 67109120)   score ->  Scores (16 bytes a line, in Ray's object store), Summary
+    Shard("raw/AI2D.jsonl", bytes 0 to 16778020)   score ->  Scores (16 bytes a line, in Ray's object store), Summary
     the summaries of 1/8 of the shards             merge ->  one message of under 1 MB, to the driver (8 cores: 8 of them)
-    Shard, Scores, the cut of the driver           emit  ->  the kept lines, in a part file beside the output
+    Shard, Scores, the cut of the driver           emit  ->  the kept lines, in a part file beside the output; to the
+                                                             driver their line numbers (8 bytes a kept row)
 
 The driver finds the cut and joins the parts with the code of the local engine, so that the output is the same to the
 byte. A worker that dies costs the shards it was at: Ray runs these tasks again, and a task writes a file whole or not
@@ -61,7 +62,12 @@ class RayRun:
         self.started = not ray.is_initialized()
         if self.started:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own reports to nobody
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+            try:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+            except Exception as error:  # of any kind: a plain Exception where the node does not come up in time
+                raise OSError(
+                    f"Ray did not start ({error}): look at RAY_ADDRESS and the cluster, then run again"
+                ) from error
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from .annotation_formats import Reason, Refused, image_list, own_text, to_row
 from .images import ImageFinder, ImageRefused
-from .shards import SUFFIXES, Paths, line_batches, plan_shards
+from .shards import SUFFIXES, HubRows, Paths, Shard, line_batches, plan_shards
 
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,10 @@ def load_rollouts(
 
     Args:
         path_or_hub_id (`str`, path, or `list` of paths):
-            A folder, a glob, one file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet`, or a `.zip` of `.jsonl`, read
-            in place), a list of these, a folder of `save_to_disk`, or a dataset on the Hub: its `annotations.zip` where
-            there is one, else its split `train`. [`~trl_mprm.annotation_formats`] has the formats of a row.
+            A folder (its files, or its `annotations.zip`), a glob, one file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`,
+            `.parquet`, or a `.zip` of `.jsonl`, read in place), a list of these, a folder of `save_to_disk`, or a
+            dataset on the Hub: its `annotations.zip` where there is one, else its split `train`.
+            [`~trl_mprm.annotation_formats`] has the formats of a row.
         image_root (`str` or path, *optional*):
             Folder of the images. Image paths stay inside it. Defaults to the folder of each file.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -247,7 +248,7 @@ def _records(inputs: Paths, streaming: bool) -> Iterator[tuple[str, Path | None,
         place = ""
         for shard in shards:
             if shard.place != place:
-                place, number, sources = shard.place, 0, kept_sources(Path(shard.file))
+                place, number, sources = shard.place, 0, kept_sources(shard)
             bar.set_description(f"reading {shard.source}", refresh=False)  # a refresh would ignore `delay`
             for block, lines in line_batches(shard):
                 bar.update(len(block))
@@ -261,27 +262,19 @@ def _records(inputs: Paths, streaming: bool) -> Iterator[tuple[str, Path | None,
 
 
 def local_inputs(inputs: Paths) -> Paths:
-    """Inputs on this disk: of a dataset on the Hub its `annotations.zip`, else the files with its rows."""
+    """Inputs on this disk: of a dataset on the Hub its `annotations.zip`, else the files of its split `train`."""
     if isinstance(inputs, list):
-        return [
-            path
-            for item in inputs
-            for path in [local_inputs(item)]
-            for path in (path if isinstance(path, list) else [path])
-        ]
+        return [local_inputs(item) for item in inputs]
     if not is_hub_id(inputs):
         return inputs
-    archive = hub_annotations(inputs)
-    if archive is not None:
-        return archive
-    folder = Path(snapshot_download(inputs, repo_type="dataset", allow_patterns=[f"*{end}" for end in SUFFIXES]))
-    return sorted(file for end in SUFFIXES for file in folder.rglob(f"*{end}"))
+    return hub_annotations(inputs) or _hub_files(inputs)
 
 
-def kept_sources(file: Path) -> list[str]:
+def kept_sources(shard: Shard) -> list[str]:
     """Source of each line of a file in which `trl-mprm select` put several sources together, else nothing."""
+    file = Path(shard.file)
     report = file.parent / "selection.json"
-    if not report.is_file():
+    if file.suffix != ".jsonl" or shard.repo_id is not None or not report.is_file():
         return []
     try:
         runs = json.loads(report.read_bytes()).get("output", {}).get(file.name, [])
@@ -299,8 +292,14 @@ def check_kept_sources(file: str, n_lines: int, sources: list[str]) -> None:
 
 
 def parse(line: bytes) -> dict | None:
+    """The object of a line, or None. A whole number of more digits than Python reads is a float: it is in no range."""
     try:
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if type(error) is not ValueError:  # no JSON, no UTF-8
+                return None
+            record = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 4300 else float(digits))
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
@@ -374,6 +373,21 @@ def hub_annotations(repo_id: str) -> Path | None:
 def hub_snapshot(repo_id: str, file: str) -> Path:
     """The local folder of a dataset on the Hub, with `file` in it if there is one; its name is the commit."""
     return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=file))
+
+
+def _hub_files(repo_id: str) -> HubRows:
+    """What `load_dataset` would read of the split `train`, in its order, as files on this disk."""
+    files = (datasets.load_dataset_builder(repo_id).config.data_files or {}).get("train", [])
+    # hf://datasets/org/name@commit/path
+    commits, paths = zip(*(file.split("@", 1)[1].split("/", 1) for file in files), strict=True) if files else ((), ())
+    odd = next((path for path in paths if not path.endswith(SUFFIXES)), None if paths else "no such files")
+    if odd is not None:
+        raise ValueError(
+            f"{repo_id}: expected annotations.zip, or a split train of {', '.join(f'*{end}' for end in SUFFIXES)}, got "
+            f"{odd}: read that dataset with load_rollouts, and select in Python"
+        )
+    folder = snapshot_download(repo_id, repo_type="dataset", revision=commits[0], allow_patterns=list(paths))
+    return HubRows(repo_id, [Path(folder, path) for path in paths])
 
 
 def _hub_rows(repo_id: str, streaming: bool) -> Iterator[dict]:

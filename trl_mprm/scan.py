@@ -98,7 +98,7 @@ def score_shard(
     """
     file = Path(shard.file)
     finder = _finder(file.parent if image_root is None else image_root, shard.plan)
-    sources = kept_sources(file) if file.suffix == ".jsonl" else []
+    sources = kept_sources(shard)
     rows = _Rows(shard.source, sources, finder, drop_answer_step, words)
     for block, lines in line_batches(shard):
         rows.add(lines, _is_utf8(block))
@@ -367,8 +367,8 @@ def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: Binary
     """
     rows = kept_rows(scores, cut)
     checks = iter(scores.check[rows].tolist())
-    for line in lines_at(shard, rows, scores.length):
-        if _check(line) != next(checks):
+    for seen, line in lines_at(shard, rows, scores.length):
+        if _check(seen) != next(checks):
             raise ValueError(f"{shard.place} changed while it was read: run again when nothing writes to it")
         kept.write(line if line.endswith(b"\n") else line + b"\n")
     reason = scores.kinds["reason" if cut.check_images else "unread"]

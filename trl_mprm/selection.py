@@ -9,24 +9,27 @@ Exact top fraction of the rollouts of each source, by one of the rules of the pa
     random    0                                             a seeded hash
 
 A rule is a score for each rollout; the cut is the same for all: `max(1, int(m * fraction))` of the `m` valid rollouts
-of a source, the highest scores first.
+of a source, or of the whole corpus, the highest scores first.
 """
 
 import ctypes
 import errno
+import fcntl
 import gc
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,7 @@ from .cut import (
     settle,
     summarize,
     tie_counts,
+    ties_of_sources,
 )
 from .outputs import Outputs
 from .rollouts import local_inputs
@@ -101,7 +105,7 @@ def top_fraction(
     scored: Dataset | IterableDataset,
     fraction: float,
     *,
-    by: str = "source",
+    by: str | None = "source",
     score: str = "bis",
     ties: str = "first",
     seed: int = 0,
@@ -119,7 +123,7 @@ def top_fraction(
         fraction (`float`):
             Share to keep, above 0 and at most 1.
         by (`str`, *optional*, defaults to `"source"`):
-            The column whose values are cut one by one.
+            The column whose values are cut one by one. None: one cut for all rows; the report tells of each source.
         score (`str`, *optional*, defaults to `"bis"`):
             The column to rank by, highest first. Rows with null or NaN are not valid.
         ties (`str`, *optional*, defaults to `"first"`):
@@ -142,7 +146,7 @@ def top_fraction(
 
     ```
     """
-    check_cut(fraction, ties)
+    check_cut(fraction, ties, seed=seed)
     return _select(_batches(scored, by, score), by, score, score, fraction=fraction, alpha=None, ties=ties, seed=seed)
 
 
@@ -154,10 +158,11 @@ def select(
     alpha: float = 0.05,
     ties: str = "first",
     seed: int = 0,
-    by: str = "source",
+    by: str | None = "source",
 ) -> Selection:
     """
-    Keep the top `fraction` of each source by one of the rules `bis`, `random`, `mixed`, `reliable`, `low_mc`.
+    Keep the top `fraction` of each source, or with `by=None` of all rows together, by one of the rules `bis`, `random`,
+    `mixed`, `reliable`, `low_mc`.
 
     `select(rollouts, "bis", fraction=f, alpha=a)` keeps what `top_fraction(rollouts.map(add_bis, ...), f)` keeps. The
     arguments are those of [`top_fraction`]; `alpha` is the paper's, for the rule `bis`; `random` and `mixed` always
@@ -174,7 +179,7 @@ def select(
 
     ```
     """
-    check_cut(fraction, ties, rule, alpha)
+    check_cut(fraction, ties, rule, alpha, seed)
     return _select(_batches(rollouts, by), by, None, rule, fraction=fraction, alpha=alpha, ties=ties, seed=seed)
 
 
@@ -187,6 +192,7 @@ def select_files(
     alpha: float = 0.05,
     ties: str = "first",
     seed: int = 0,
+    by: str = "source",
     image_root: str | os.PathLike | None = None,
     drop_answer_step: bool = False,
     strict: bool = False,
@@ -209,6 +215,8 @@ def select_files(
             As in [`load_rollouts`].
         output (`str` or path):
             `*.jsonl`, `*.parquet`, or a folder.
+        by (`str`, *optional*, defaults to `"source"`):
+            `"source"`: the top fraction of each source; `"corpus"`: of all rows together.
         image_root (`str` or path, *optional*):
             Folder of the images. Defaults to the folder of each file; if not one image is found there, the annotations
             came without them, and images are not checked (the report says so).
@@ -246,9 +254,10 @@ def select_files(
 
     ```
     """
-    check_cut(fraction, ties, rule, alpha)
+    check_cut(fraction, ties, rule, alpha, seed)
+    by = column_of(by)
     shards = plan_shards(local_inputs(inputs))
-    outputs = Outputs(Path(output), shards, inputs, save_to_disk, image_root)
+    outputs = Outputs(Path(output), shards, inputs, save_to_disk, image_root, page)
 
     with find_engine(engine)(shards, image_root, drop_answer_step) as run:
         summary = merge(run.summaries(strict))
@@ -259,6 +268,7 @@ def select_files(
             alpha=alpha,
             ties=ties,
             seed=seed,
+            by=by,
             images_required=image_root is not None,
         )
         refused = describe_refused(summary, cut)
@@ -273,25 +283,40 @@ def select_files(
         while not cut.settled:
             cut = settle(cut, run.ties(cut))
         outputs.folder.mkdir(parents=True, exist_ok=True)
-        with (
-            _room_left(outputs.folder),
-            tempfile.TemporaryDirectory(prefix=".select.", suffix=".part", dir=outputs.folder) as name,
-        ):
-            emitted, parts = run.emit(cut, Path(name)), Path(name)
+        with _room_left(outputs.folder), _work_folder(outputs.folder) as parts:
+            emitted = run.emit(cut, parts)
             kept = merge(part.summary for part in emitted)
             report = build_report(cut, summary, kept) | {
                 "inputs": outputs.inputs,
                 "images": "checked" if cut.check_images else "not checked",
                 "drop_answer_step": drop_answer_step,
             }
-            outputs.write(report, emitted, parts)
+            text = None
+            if page is not None:
+                from .selection_report import draw_selection_report
+
+                text = draw_selection_report(report, summary, kept, cut, run, alpha)
+            outputs.write(report, emitted, parts, text)
             if push_to_hub is not None:
                 outputs.push_to_hub(push_to_hub, report, emitted, parts, license)
-        if page is not None:
-            from .selection_report import write_selection_report
-
-            write_selection_report(page, report, summary, kept, cut, run, alpha)
     return report
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """
+    A hidden folder for the parts, deleted at the end. A file in it is locked while this process lives; a folder whose
+    lock is free is of a run that was killed, and is deleted here.
+    """
+    for lock in folder.glob(".select.*.part/lock"):
+        with suppress(OSError), open(lock, "r+b") as file:  # locked, or no locks on this file system: leave it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=".select.", suffix=".part", dir=folder) as name:
+        with open(Path(name, "lock"), "wb") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Path(name)
 
 
 @contextmanager
@@ -404,11 +429,11 @@ def report_table(report: dict) -> list[list]:
 # ---- datasets
 
 
-def _select(batches: Iterable[dict], by: str, score: str | None, rule: str, **parameters) -> Selection:
+def _select(batches: Iterable[dict], by: str | None, score: str | None, rule: str, **parameters) -> Selection:
     """Rows of a dataset are one shard of the core in `cut`."""
     ids, scores = _score_rows(batches, by, score)
     summary = summarize(scores)
-    cut = find_cut(summary, rule, **parameters)
+    cut = find_cut(summary, rule, by=by, **parameters)
     while not cut.settled:
         cut = settle(cut, [tie_counts(scores, cut)])
     rows = kept_rows(scores, cut)
@@ -418,7 +443,7 @@ def _select(batches: Iterable[dict], by: str, score: str | None, rule: str, **pa
     return Selection(kept, tuple(rows.tolist()), report)
 
 
-def _score_rows(batches: Iterable[dict], by: str, score: str | None) -> tuple[list[str], Scores]:
+def _score_rows(batches: Iterable[dict], by: str | None, score: str | None) -> tuple[list[str], Scores]:
     """Read once what a rule and its report need: a few numbers a row, whatever the length of the rows."""
     ids, groups, kind = [], [], []
     numbers: dict[str, int] = {}
@@ -432,7 +457,7 @@ def _score_rows(batches: Iterable[dict], by: str, score: str | None) -> tuple[li
                 )
         n_rows = len(batch["rollout_id"])
         prompts, images = batch.get("prompt", [None] * n_rows), batch.get("images", [None] * n_rows)
-        sources = [str(source) for source in batch[by]]
+        sources = [str(source) for source in batch.get(by or "source", ["all"] * n_rows)]
         ids += batch["rollout_id"]
         groups += [
             group_hash(source, str(prompt), row or ())
@@ -485,35 +510,49 @@ def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
     """
     kinds, count = summary.kinds, summary.count.astype(np.int64)
     reason = kinds["reason" if cut.check_images else "unread"]
-    rows = {}
+    ends = np.searchsorted(kinds["source"], np.arange(len(cut.sources) + 1))
+    ties, ties_kept = ties_of_sources(summary, cut), ties_of_sources(kept, cut)
+    rows, whole = {}, cut.parameters["by"] == "corpus"  # else each source has a cut of its own
     for number, source in [*enumerate(cut.sources), (None, None)]:
-        mine = slice(None) if source is None else kinds["source"] == number
+        mine, at = (slice(None),) * 2 if source is None else (slice(*ends[number : number + 2]), [number])
         by_reason = np.bincount(reason[mine] + 1, count[mine], len(REASONS) + 1).astype(int).tolist()
         valid, refused = by_reason[0], {name: n for name, n in zip(REASONS, by_reason[1:], strict=True) if n}
         after, before = (describe(part, cut.check_images, source) for part in (kept, summary))
-        at = slice(None) if source is None else slice(number, number + 1)
-        quota = sum(max(1, int(m * cut.parameters["fraction"])) for m in cut.valid[at].tolist() if m)
-        if (before["n"], after["n"]) != (valid, quota):
-            raise RuntimeError(f"{source or 'in all'}: {valid} rows should give {quota}, got {before} and {after}")
         rows[source] = {
             "read": sum(by_reason),
             "refused": refused,
             "valid": valid,
-            "kept": quota,
-            "dropped": valid - quota,
-            "cut_score": None if source is None or not valid else float(cut.cut_score[number]),  # each has its own
-            "ties_at_cut": int(cut.ties[at].sum()),
-            "ties_kept": int(cut.ties_kept[at].sum()),
+            "kept": after["n"],
+            "dropped": valid - after["n"],
+            "cut_score": float(cut.cut_score[cut.part[at]][0]) if valid and (source is not None or whole) else None,
+            "ties_at_cut": int(ties[at].sum()),
+            "ties_kept": int(ties_kept[at].sum()),
             **{name: after[name] for name in SHARES},
             "before": {name: before[name] for name in SHARES},
         }
     total = rows.pop(None)
+    _check_quotas(cut, [row["valid"] for row in rows.values()], [row["kept"] for row in rows.values()])
     groups = "all" if not summary.halved else f"1 in {2**summary.halved}, by hash"
     report = {**cut.parameters, "version": SELECTION_VERSION, "inputs": [], "groups_counted": groups}
     return report | {"sources": rows, "total": total}
 
 
-def check_cut(fraction: float, ties: str, rule: str = "bis", alpha: float = 0.05) -> None:
+def _check_quotas(cut: Cut, valid: list[int], kept: list[int]) -> None:
+    """What was written is what the cut asked for, or the core is wrong."""
+    quotas = [max(1, int(m * cut.parameters["fraction"])) if m else 0 for m in cut.valid.tolist()]
+    found = [np.bincount(cut.part, rows, len(quotas)).astype(int).tolist() for rows in (valid, kept)]
+    if found != [cut.valid.tolist(), quotas]:
+        raise RuntimeError(f"{cut.valid.tolist()} valid rows should give {quotas}, got {found[0]} and {found[1]}")
+
+
+def column_of(by: str) -> str | None:
+    """What `--by` says, for [`~trl_mprm.cut.find_cut`]."""
+    if by not in ("source", "corpus"):
+        raise ValueError(f'by must be "source" (each is cut on its own) or "corpus" (all rows together), got {by!r}')
+    return None if by == "corpus" else by
+
+
+def check_cut(fraction: float, ties: str, rule: str = "bis", alpha: float = 0.05, seed: int = 0) -> None:
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not 0 < fraction <= 1:
@@ -522,11 +561,13 @@ def check_cut(fraction: float, ties: str, rule: str = "bis", alpha: float = 0.05
         raise ValueError(f'ties must be "first" (file order) or "hash" (seeded, any order), got {ties!r}')
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha must be a number of at least 0 (the paper uses 0.05 and 0.2), got {alpha!r}")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
 
 
-def _batches(rows: Dataset | IterableDataset, by: str, score: str | None = None) -> Iterator[dict]:
+def _batches(rows: Dataset | IterableDataset, by: str | None, score: str | None = None) -> Iterator[dict]:
     """The columns that `_columns` reads, as lists; images undecoded."""
-    wanted = ("rollout_id", by, score, "mc_scores", "steps_with_score", "prompt", "images")
+    wanted = ("rollout_id", by or "source", score, "mc_scores", "steps_with_score", "prompt", "images")
     if rows.column_names is not None:  # None: a stream after `map`, which learns its columns only when it runs
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
     if isinstance(rows, Dataset):

@@ -13,7 +13,6 @@ the cut and its ties by source; kept and dropped rollouts with their steps colou
 inline SVG. The scatter is a histogram of at most 520 cells, so the page is as small for ten million rollouts as for ten.
 """
 
-import os
 import re
 from math import log, log10
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .annotation_formats import image_list, own_text, to_row
 from .bis import score_of_sums
 from .cut import Cut, Scores, Summary, kept_rows
-from .files import atomic_output
 from .rollouts import parse
 from .shards import Shard, lines_at
 
@@ -40,11 +38,9 @@ BINS, MIXTURE_CELLS, RELIABILITY_CELLS = 60, 26, 20
 N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP, MAX_NAME = 10, 100, 400, 10, 300, 90
 
 
-def write_selection_report(
-    path: str | os.PathLike, report: dict, valid: Summary, kept: Summary, cut: Cut, run: "LocalRun", alpha: float
-) -> None:
+def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut, run: "LocalRun", alpha: float) -> str:
     """
-    Write the page of a selection, while the scores of its shards are at hand; see [`~trl_mprm.selection.select_files`].
+    The page of a selection, while the scores of its shards are at hand; see [`~trl_mprm.selection.select_files`].
 
     The rollouts to read are drawn with the seed of the selection: the same ones for every engine and any number of
     shards.
@@ -58,8 +54,7 @@ def write_selection_report(
             places.append((shard, len(wanted[shard]) - 1))
     rows = run.map(read_examples, cut, alpha, wanted)
     examples = {name: [rows[shard][number] for shard, number in places] for name, places in order.items()}
-    with atomic_output(path) as part:
-        part.write_text(render_selection_report(report, valid, kept, examples, alpha, cut.check_images), "utf-8")
+    return render_selection_report(report, valid, kept, examples, alpha, cut.check_images)
 
 
 def render_selection_report(
@@ -185,7 +180,8 @@ def read_examples(
     bis, rows = _bis_of_lines(scores, cut, alpha)
     numbers = [int(rows[name][bis[rows[name]] == value][k]) for name, value, k in wanted[shard.index]]
     ordered = np.unique(numbers)
-    lines = dict(zip(ordered.tolist(), lines_at(shard, ordered, scores.length), strict=True))
+    lines = (line for line, _ in lines_at(shard, ordered, scores.length))
+    lines = dict(zip(ordered.tolist(), lines, strict=True))
     return [_read(scores, cut, alpha, number, lines[number]) for number in numbers]
 
 

@@ -7,9 +7,11 @@ In, what a user names: a folder, a glob, an archive, files. Out, shards in corpu
     raw/DVQA.jsonl.zst             ->  Shard(3, "raw/DVQA.jsonl.zst", None, 0, None, "DVQA", ...)
     annotations.zip, read in place ->  Shard(4, "annotations.zip", "annotations/GEOS.jsonl", 0, None, "GEOS", ...)
 
-A shard of a JSONL file begins and ends at a line end. What is compressed, or Parquet, is one shard a file.
+A shard of a JSONL file begins and ends at a line end, one of a Parquet file is some of its row groups. What is
+compressed is one shard a file.
 """
 
+import base64
 import glob
 import gzip
 import io
@@ -19,8 +21,9 @@ import os
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -28,15 +31,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .annotation_formats import READ_KEYS
 
-Paths = str | os.PathLike | list[str | os.PathLike]
+
+class HubRows(NamedTuple):
+    """The files of the split `train` of a dataset on the Hub: together one file, as `load_dataset` reads them."""
+
+    repo_id: str
+    files: list[Path]
+
+
+Paths = str | os.PathLike | HubRows | list[str | os.PathLike | HubRows]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BATCH = 2**18  # bytes read at once
 SHARD_BYTES = 2**24
 
 
 class Shard(NamedTuple):
-    """Lines that stand together: bytes `start` to `stop` of a file, or all of it (`stop` None)."""
+    """
+    Lines that stand together: bytes `start` to `stop` of a file, or all of it (`stop` None). Of a Parquet file, these
+    are bytes of its row groups, counted one group after the other.
+    """
 
     index: int
     file: str
@@ -46,10 +61,12 @@ class Shard(NamedTuple):
     source: str  # by name
     stamp: tuple[int, int]  # size and time of the last change when the shards were made
     plan: str  # shards of one call of `plan_shards` have it in common
+    repo_id: str | None = None  # of a dataset on the Hub that these rows are of
 
     @property
     def place(self) -> str:
-        return self.file if self.member is None else f"{self.file}/{self.member}"
+        """What is read as one file: its lines are counted from its first one on."""
+        return self.repo_id or (self.file if self.member is None else f"{self.file}/{self.member}")
 
 
 def plan_shards(inputs: Paths, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
@@ -69,22 +86,44 @@ def plan_shards(inputs: Paths, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
     """
     shards: list[Shard] = []
     places: dict[str, str] = {}
+    seen: dict[str, Path] = {}
     plan = uuid.uuid4().hex
-    for file in input_files(inputs):
-        stamp = _stamp(file)
-        for member in _members(file) if file.suffix == ".zip" else [None]:
-            source = source_name(member or file)
-            place = str(file) if member is None else f"{file}/{member}"
-            if (other := places.setdefault(source, place)) != place:
-                raise ValueError(f"{other} and {place} have one name, and the name is the source: rename one of them")
-            # A file of several sources is told apart line by line, from its first line on
-            whole = file.suffix != ".jsonl" or (file.parent / "selection.json").is_file()
-            for start, stop in [(0, None)] if whole else _ranges(file, stamp[0], shard_bytes):
-                shards.append(Shard(len(shards), str(file), member, start, stop, source, stamp, plan))
+    for item in inputs if isinstance(inputs, list) else [inputs]:
+        repo_id = item.repo_id if isinstance(item, HubRows) else None
+        for file in item.files if isinstance(item, HubRows) else input_files(item):
+            # In the cache of the Hub, files of the same content are links to one file
+            real = str(file) if repo_id else os.path.realpath(file)
+            if real in seen:
+                raise ValueError(
+                    f"expected each file once, got {file} after {seen[real]}, which is the same file: its rows would "
+                    "count twice, name it once"
+                )
+            seen[real] = file
+            stamp = _stamp(file)
+            for member in _members(file) if file.suffix == ".zip" else [None]:
+                source = source_name(member or file) if repo_id is None else repo_id.split("/")[-1]
+                shard = Shard(0, str(file), member, 0, None, source, stamp, plan, repo_id)
+                if (other := places.setdefault(source, shard.place)) != shard.place:
+                    raise ValueError(
+                        f"{other} and {shard.place} have one name, and the name is the source: rename one of them"
+                    )
+                for start, stop in _ranges(shard, shard_bytes):
+                    shards.append(shard._replace(index=len(shards), start=start, stop=stop))
     return shards
 
 
-def _ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int, int]]:
+def _ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int | None]]:
+    file = Path(shard.file)
+    if file.suffix == ".parquet":
+        yield from _row_group_ranges(shard, shard_bytes)
+    # A file of several sources is told apart line by line, from its first line on
+    elif file.suffix != ".jsonl" or (shard.repo_id is None and (file.parent / "selection.json").is_file()):
+        yield 0, None
+    else:
+        yield from _line_ranges(file, shard.stamp[0], shard_bytes)
+
+
+def _line_ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int, int]]:
     with open(file, "rb") as lines:
         start = 0
         while start < size:
@@ -97,23 +136,27 @@ def _ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int, int]
             yield 0, 0
 
 
-def input_files(inputs: Paths) -> list[Path]:
-    """The files that `inputs` names: those of a folder by name, the matches of a glob, an archive, one file."""
-    if isinstance(inputs, list):
-        files = [file for item in inputs for file in input_files(item)]
-    elif Path(inputs).is_dir():
-        # refused.jsonl is what `trl-mprm select` could not use
-        names = sorted(entry for entry in Path(inputs).iterdir() if entry.name.endswith(SUFFIXES))
-        files = [entry for entry in names if entry.name != "refused.jsonl"]
-    elif Path(inputs).is_file():
-        files = [Path(inputs)]
-    elif glob.has_magic(str(inputs)):
-        files = [Path(name) for name in sorted(glob.glob(str(inputs), recursive=True))]
+def input_files(name: str | os.PathLike) -> list[Path]:
+    """The files that a user names: those of a folder by name or its `annotations.zip`, matches of a glob, one file."""
+    path = Path(name)
+    if path.is_dir():
+        files = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(SUFFIXES) and not _aside(entry)]
+        archive = path / "annotations.zip"
+        files = files or [archive] * archive.is_file()
+    elif path.is_file():
+        files = [path]
+    elif glob.has_magic(str(name)):
+        files = [Path(match) for match in sorted(glob.glob(str(name), recursive=True)) if not _aside(Path(match))]
     else:
-        raise FileNotFoundError(f"{inputs}: no such file or folder, and no dataset id (org/name) of the Hub")
+        raise FileNotFoundError(f"{name}: no such file or folder, and no dataset id (org/name) of the Hub")
     if not files:
-        raise FileNotFoundError(f"{inputs}: expected *.jsonl files with rollouts, found none")
+        raise FileNotFoundError(f"{name}: expected *.jsonl files with rollouts, found none")
     return files
+
+
+def _aside(path: PurePosixPath | Path) -> bool:
+    """What `trl-mprm select` could not use, and what macOS puts beside each file of an archive: no rollouts."""
+    return path.name == "refused.jsonl" or path.name.startswith("._") or "__MACOSX" in path.parts
 
 
 def source_name(path: str | os.PathLike) -> str:
@@ -135,6 +178,7 @@ def source_name(path: str | os.PathLike) -> str:
 def _members(archive: Path) -> list[str]:
     with _clear_errors(str(archive)), zipfile.ZipFile(archive) as members:
         names = sorted(name for name in members.namelist() if name.endswith(".jsonl"))
+        names = [name for name in names if not _aside(PurePosixPath(name))]
     if not names:
         raise FileNotFoundError(f"{archive}: expected *.jsonl members with rollouts, found none")
     return names
@@ -144,9 +188,14 @@ def _members(archive: Path) -> list[str]:
 
 
 def line_batches(shard: Shard) -> Iterator[tuple[bytes, list[bytes]]]:
-    """The bytes of a shard, a few lines at a time, and these lines with their ends; Parquet rows as lines of JSON."""
+    """
+    The bytes of a shard, a few lines at a time, and these lines with their ends. Parquet rows come as lines of JSON,
+    with the fields of `READ_KEYS` alone.
+    """
     if shard.file.endswith(".parquet"):
-        yield from ((b"".join(lines), lines) for lines in _parquet_batches(shard))
+        for records in _parquet_batches(shard, READ_KEYS):
+            lines = [_json_line(shard, record) for record in records]
+            yield b"".join(lines), lines
         return
     left, tail = (math.inf if shard.stop is None else shard.stop - shard.start), []
     with open_shard(shard) as file:
@@ -164,19 +213,29 @@ def line_batches(shard: Shard) -> Iterator[tuple[bytes, list[bytes]]]:
     check_unchanged(shard)
 
 
-def lines_at(shard: Shard, numbers: np.ndarray, length: np.ndarray) -> Iterator[bytes]:
-    """Some lines of a shard, as they are: their `numbers`, ascending, and the `length` of all its lines."""
+def lines_at(shard: Shard, numbers: np.ndarray, length: np.ndarray) -> Iterator[tuple[bytes, bytes]]:
+    """
+    Some lines of a shard, each as `line_batches` gives it and whole (they differ for Parquet alone).
+
+    Args:
+        numbers (`np.ndarray`):
+            Of the lines, ascending.
+        length (`np.ndarray`):
+            Of all lines of the shard.
+    """
     if shard.file.endswith(".parquet"):
-        wanted = set(numbers.tolist())
-        lines = (line for batch in _parquet_batches(shard) for line in batch)
-        yield from (line for number, line in enumerate(lines) if number in wanted)
+        for records in _parquet_batches(shard, numbers=numbers):
+            for record in records:
+                seen = {key: value for key, value in record.items() if key in READ_KEYS}
+                yield _json_line(shard, seen), _json_line(shard, record)
         return
     ends = np.cumsum(length, dtype=np.int64)
     with open_shard(shard) as file:
         place = 0
         for end, size in zip(ends[numbers].tolist(), length[numbers].tolist(), strict=True):
             file.seek(end - size - place, os.SEEK_CUR)  # reads on where the file is packed
-            yield file.read(size)
+            line = file.read(size)
+            yield line, line
             place = end
     check_unchanged(shard)
 
@@ -244,22 +303,79 @@ class _Zstandard(io.RawIOBase):
 def _clear_errors(place: str) -> Iterator[None]:
     try:
         yield
-    except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, pa.ArrowException) as error:
-        raise ValueError(f"{place}: expected a whole archive, and it is damaged ({error}): fetch it again") from error
+    except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, pa.ArrowException, UnicodeError) as error:
+        raise ValueError(f"{place}: expected a whole file, and it is damaged ({error}): fetch it again") from error
     except RuntimeError as error:  # of zipfile: a password, or a packing that this Python does not know
         raise ValueError(
             f"{place}: expected a zip that this Python can open, got {error}: unpack it yourself"
         ) from error
 
 
-def _parquet_batches(shard: Shard) -> Iterator[list[bytes]]:
-    for batch in pq.ParquetFile(shard.file).iter_batches(batch_size=1000):
-        lines = []
-        for record in batch.to_pylist():
-            record = {key: value for key, value in record.items() if value is not None}
-            try:
-                lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            except (TypeError, UnicodeEncodeError) as error:
-                raise ValueError(f"{shard.file}: expected rows of text and numbers, but {error}") from error
-        yield lines
+# ---- Parquet
+
+
+def _row_group_ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int]]:
+    with _open_parquet(shard) as file:
+        ends = _row_group_ends(file)
+    start = 0
+    for end, after in zip(ends, [*ends[1:], math.inf], strict=True):
+        if after - start > shard_bytes:
+            yield start, end
+            start = end
+    if not ends:
+        yield 0, 0
+
+
+def _row_group_ends(file: pq.ParquetFile) -> list[int]:
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    sizes = (sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups)
+    return list(accumulate(sizes))
+
+
+@contextmanager
+def _open_parquet(shard: Shard) -> Iterator[pq.ParquetFile]:
+    with _clear_errors(shard.file):
+        try:
+            with pq.ParquetFile(shard.file) as file:
+                yield file
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise EOFError(str(error)) from error  # the way pyarrow says that a page is broken
+
+
+def _parquet_batches(
+    shard: Shard, keys: Iterable[str] | None = None, numbers: np.ndarray | None = None
+) -> Iterator[list[dict]]:
+    """Rows of a shard, some at a time: all or those of `numbers`, with all columns or those of `keys`."""
+    with _open_parquet(shard) as file:
+        ends = _row_group_ends(file)
+        groups = [number for number, end in enumerate(ends) if shard.start < end <= shard.stop]
+        columns = None if keys is None else [name for name in file.schema_arrow.names if name in keys]
+        bytes_of_rows = sum(file.metadata.row_group(number).total_byte_size for number in groups)
+        n_rows = sum(file.metadata.row_group(number).num_rows for number in groups)
+        size = max(1, min(1000, 2**24 * n_rows // max(bytes_of_rows, 1)))  # rows with their pictures are large
+        first = 0
+        for batch in file.iter_batches(size, groups, columns):
+            after = first + len(batch)
+            if numbers is not None:
+                start, stop = np.searchsorted(numbers, [first, after])
+                batch = batch.take(pa.array(numbers[start:stop] - first))
+            first = after
+            yield batch.to_pylist()
     check_unchanged(shard)
+
+
+def _json_line(shard: Shard, record: dict) -> bytes:
+    record = {key: value for key, value in record.items() if value is not None}
+    try:
+        return json.dumps(record, ensure_ascii=False, default=_as_text).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{shard.file}: expected rows that JSON can hold, got {error}: convert that column"
+        ) from error
+
+
+def _as_text(value: object) -> str:
+    """What JSON has no word for: bytes in base64, as [`~trl_mprm.images.ImageFinder`] reads them; a time, a decimal."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -10,11 +10,13 @@ The corpus comes from a seed, in the schema of VisualPRM400K-v1.1-Raw: about 3.5
 of the rollouts not mixed. The contestants run interleaved, forwards and backwards in turn (ABBA), so that a slow minute
 of the machine hits all of them; the ratios are ratios of medians. Nothing here is a test of time: see what it prints.
 
-Why msgspec parses. With `--parsers --repeats 9`, only the fields that decide about a row, one thread, 2 shared cores:
-3.2 times as fast as stdlib json (ratio of medians), orjson 2.7, DuckDB's read_json 2.2, pyarrow.json 2.1. msgspec also
-checks types and ranges on the way, and leaves the line in hand: a line that is not what it expects goes a slower way that
-names the reason for refusing it, and a line that is kept is copied byte by byte. DuckDB and pyarrow read a file as a
-whole: one bad row stops them or becomes nulls, and a kept row would have to be found again in the file.
+Why msgspec parses. With `--rows 20000 --parsers --repeats 5`, only the fields that decide about a row, one thread, on 2
+cores that were busy with other work: 3.1 times as fast as stdlib json (ratio of medians), orjson 3.2, pysimdjson 2.9,
+DuckDB's read_json 2.5, Polars' scan_ndjson 2.0, pyarrow.json 1.9; in an earlier run, on quieter cores, msgspec 3.2, orjson
+2.7, DuckDB 2.2, pyarrow 2.1. msgspec also checks types and ranges on the way, and leaves the line in hand: a line that is
+not what it expects goes a slower way that names the reason for refusing it, and a line that is kept is copied byte by
+byte. DuckDB, Polars and pyarrow read a file as a whole: one bad row stops them or becomes nulls, and a kept row would
+have to be found again in the file.
 """
 
 import os
@@ -210,10 +212,9 @@ def race_ray(corpus: Path, small: Path, repeats: int, root: Path) -> dict[str, l
 
 
 def parsers() -> dict[str, Callable[[list[Path]], object]]:
-    """Ways to read the scores, the question and the image of every row, in one thread."""
-    import duckdb
+    """Ways to read the scores, the question and the image of every row, in one thread: those that are installed."""
+    os.environ["POLARS_MAX_THREADS"] = "1"  # read at import
     import msgspec
-    import orjson
     import pyarrow.json
 
     class Step(msgspec.Struct):
@@ -234,13 +235,43 @@ def parsers() -> dict[str, Callable[[list[Path]], object]]:
 
         return run
 
-    def by_duckdb(files: list[Path]) -> None:
+    def by_orjson() -> Callable[[list[Path]], None]:
+        import orjson
+
+        return by_line(orjson.loads)
+
+    def by_simdjson() -> Callable[[list[Path]], None]:
+        import simdjson
+
+        parse = simdjson.Parser().parse
+
+        def read(line: bytes) -> None:  # lazy: what is not asked for is not built
+            row = parse(line)
+            [(step.get("score"), step.get("num_mc_total")) for step in row["steps_with_score"]]
+            row.get("question_orig"), row.get("image")
+
+        return by_line(read)
+
+    def by_polars() -> Callable[[list[Path]], None]:
+        import polars
+
+        step = polars.Struct({"score": polars.Float64, "num_mc_total": polars.Int64})
+        schema = {"steps_with_score": polars.List(step), "question_orig": polars.String, "image": polars.String}
+        return lambda files: polars.scan_ndjson(files, schema=schema).collect()
+
+    def by_duckdb() -> Callable[[list[Path]], None]:
+        import duckdb
+
         columns = (
             "{steps_with_score: 'STRUCT(score DOUBLE, num_mc_total INT)[]', question_orig: 'TEXT', image: 'TEXT'}"
         )
-        names = [str(path) for path in files]
-        query = f"FROM read_json({names}, format='newline_delimited', columns={columns})"
-        duckdb.connect(config={"threads": 1}).sql(query).to_arrow_table()
+        form = f"format='newline_delimited', columns={columns}"
+
+        def run(files: list[Path]) -> None:
+            query = f"FROM read_json({[str(path) for path in files]}, {form})"
+            duckdb.connect(config={"threads": 1}).sql(query).to_arrow_table()
+
+        return run
 
     def by_pyarrow(files: list[Path]) -> None:
         step = pa.struct([("score", pa.float64()), ("num_mc_total", pa.int64())])
@@ -251,13 +282,17 @@ def parsers() -> dict[str, Callable[[list[Path]], object]]:
         for path in files:
             pyarrow.json.read_json(path, pyarrow.json.ReadOptions(use_threads=False, block_size=2**23), parse)
 
-    return {
+    found = {
         "json": by_line(json.loads),
-        "orjson": by_line(orjson.loads),
         "msgspec": by_line(msgspec.json.Decoder(Row).decode),
-        "duckdb": by_duckdb,
         "pyarrow": by_pyarrow,
     }
+    for name, make in {"orjson": by_orjson, "simdjson": by_simdjson, "polars": by_polars, "duckdb": by_duckdb}.items():
+        try:
+            found[name] = make()
+        except ImportError:
+            print(f"{name}: not installed, left out")
+    return found
 
 
 def bench_parsers(rows: int, repeats: int, root: Path) -> None:
@@ -337,7 +372,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=120_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ray", type=float, nargs="?", const=2.0, metavar="GB", help="also Ray, on so many GB")
-    parser.add_argument("--parsers", action="store_true", help="only the parsers (needs duckdb and orjson)")
+    parser.add_argument("--parsers", action="store_true", help="only the parsers, those that are installed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-select-") as root:
