@@ -231,6 +231,22 @@ def test_one_update_however_the_batch_is_split(options, tiny_folders, tmp_path):
     assert_same(tmp_path / "at_once", tmp_path / "two_processes")
 
 
+@pytest.mark.parametrize("launcher", ["fsdp2", "zero3"])
+def test_a_shared_prefix_and_sharded_weights_are_refused(launcher, tiny_folders, tmp_path, monkeypatch):
+    """A process with fewer questions makes fewer calls of the model: the others would wait for its part forever."""
+    if launcher == "fsdp2":
+        for name, value in fsdp_environment().items():
+            monkeypatch.setenv(name, value)
+    else:  # DeepSpeed is not among our dependencies
+        monkeypatch.setattr("trl_mprm.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="share_prefix under FSDP or DeepSpeed ZeRO-3.*train with DDP, or without it"):
+        ProcessRewardTrainer(
+            model=tiny_folders["qwen2"],
+            args=config(tmp_path, share_prefix=True),
+            train_dataset=Dataset.from_list(make_rows(images=False), features=FEATURES),
+        )
+
+
 @pytest.mark.slow
 def test_ddp_config_launches_the_command_on_two_processes(tiny_folders, tmp_path):
     """The README's line, on ddp.yaml with two CPU processes in place of eight GPUs: the same weights as one process."""

@@ -30,7 +30,12 @@ def test_bench_train(tmp_path):
     prefix, answer = report["prefix_tokens"], report["answer_tokens"]
     head = 2 * 2 * 2 * (prefix + answer - 9) * 256 * 152064 / 1e12
     assert results["plain"]["tflops"] - results["ours"]["tflops"] == pytest.approx(head, rel=1e-6)
-    assert report["memory_drop_over_logits"] > 0.5
+    # What plain has more at its peak is the logits of all tokens, in float32; memory is counted, not sampled.
+    assert report["memory_drop_over_logits"] == pytest.approx(1, abs=0.1)
+    assert report["memory_plain_over_ours"] > report["memory_with_weights_plain_over_ours"] > 1
     ideal = report["ideal_ours_over_shared"]["2"]
     assert ideal == 2 * (prefix + answer) / (prefix + 2 * answer)
-    assert results["ours"]["tflops"] / results["shared, G = 2"]["tflops"] >= ideal / 1.05
+    # Both run the LM head at the markers alone; the rest is what the ideal counts.
+    markers = 2 * 2 * 2 * 9 * 256 * 152064 / 1e12
+    ours, shared = (results[name]["tflops"] - markers for name in ("ours", "shared, G = 2"))
+    assert ours / shared >= ideal / 1.05

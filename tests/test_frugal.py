@@ -1,6 +1,7 @@
 """Nothing is computed twice: counted, not timed. And what is saved changes no loss and no gradient."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -130,19 +131,25 @@ def test_lm_head_sees_the_labelled_steps_of_a_shared_batch_only(tiny_folders, tm
     assert sum(seen) == sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
 
 
+@pytest.mark.parametrize("share_prefix", [False, True], ids=["plain", "shared"])
 @pytest.mark.parametrize("architecture", BUILDERS)
-def test_a_picture_is_encoded_once_a_batch(architecture, tiny_folders, tmp_path):
-    """Five rows show a red, two of them a blue picture too: the encoder gets two."""
-    rows = make_rows(images=True, n=8)
+def test_a_picture_is_encoded_once_a_batch(architecture, share_prefix, tiny_folders, tmp_path):
+    """
+    Six rows show a red, two of them a blue picture too: the encoder gets two.
+
+    Questions of the rows with pictures, by row: red and "0" 0 4 6, red and "1" 1, both and "1" 3 7.
+    """
+    rows = [row | {"prompt": f"How many, question {index % 2}?"} for index, row in enumerate(make_rows(True, n=8))]
     n_images = sum(len(row["images"]) for row in rows)
     assert n_images > 2 == len({image.tobytes() for row in rows for image in row["images"]})
     folder = tiny_folders[architecture]
-    trainer = make_trainer(tiny_folders, architecture, tmp_path, rows)
+    trainer = make_trainer(tiny_folders, architecture, tmp_path, rows, share_prefix=share_prefix)
     encoder, pixels = trainer.model.get_encoder("image"), []
     first = next(module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d))
     hook = first.register_forward_hook(lambda _, args, out: pixels.append(len(args[0])))
-    trainer.data_collator.share_prefix = False
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    batch = trainer.data_collator(rows)
+    assert not share_prefix or len(batch["groups"]) == 2
+    loss = trainer.compute_loss(trainer.model, batch)
     distinct = [{**rows[0], "images": [picture("red"), picture("blue", (56, 28))], "labels": [1.0]}]
     in_batch = sum(pixels)
     pixels.clear()
@@ -158,8 +165,9 @@ def test_a_picture_is_encoded_once_a_batch(architecture, tiny_folders, tmp_path)
     torch.testing.assert_close(twin.compute_loss(twin.model, twin.data_collator(rows)), loss, atol=1e-6, rtol=1e-6)
 
 
-def test_a_copy_of_a_model_has_its_own_encoder(tiny_folders):
-    prm = ProcessRewardModel.from_pretrained(tiny_folders["qwen2_5_vl"], step_format="vl-prm")
+def test_a_copy_of_a_model_has_its_own_encoder(tiny_folders, tmp_path):
+    trainer = make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rollouts("qwen2_5_vl"))
+    prm = ProcessRewardModel(trainer.model, trainer.processing_class, trainer.step_format)
     twin = copy.deepcopy(prm.model)
     with torch.no_grad():
         for parameter in twin.get_encoder("image").parameters():
@@ -187,6 +195,42 @@ def test_rows_of_equal_length_are_padded_by_less_than_three_percent(tiny_folders
         ]
         padding[strategy] = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
     assert padding["group_by_length"] <= 0.03 < 0.3 < padding["random"]
+
+
+def ragged_rollouts(questions: int, rollouts: int) -> list[dict]:
+    """Solutions of one to six steps, of 5 to 60 characters each; a picture a question, of 56 to 448 pixels a side."""
+    draw = random.Random(0)
+    rows = []
+    for question in range(questions):
+        image = picture("red", (28 * draw.randint(2, 16), 28 * draw.randint(2, 16)))
+        for _ in range(rollouts):
+            steps = ["s" * draw.randint(5, 60) for _ in range(draw.randint(1, 6))]
+            row = {"images": [image], "prompt": f"question {question}", "completions": steps}
+            rows.append(row | {"labels": [1.0] * len(steps)})
+    return rows
+
+
+def test_padding_of_a_vision_language_model(tiny_folders, tmp_path):
+    """Rows of one length in a batch, images included: under 3%. Rollouts of one prefix are padded to their longest."""
+    kwargs = {"processor_kwargs": {"max_pixels": 448 * 448}, "per_device_train_batch_size": 4}
+    rows, settings = ragged_rollouts(400, 1), {"train_sampling_strategy": "group_by_length"}
+    trainer = make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, rows, **settings, **kwargs)
+    lengths = trainer.train_dataset["length"][:]
+    for number in (0, 1):  # counted as the collator renders them
+        assert len(trainer.data_collator(rows[number : number + 1])["input_ids"][0]) == lengths[number]
+    order = list(trainer._get_train_sampler())
+    batches = [[lengths[index] for index in order[at : at + 4]] for at in range(0, len(order), 4)]
+    assert 1 - sum(lengths) / sum(4 * max(batch) for batch in batches) <= 0.03
+
+    trainer = make_trainer(tiny_folders, "qwen2_5_vl", tmp_path, ragged_rollouts(8, 4), share_prefix=True, **kwargs)
+    run = padded = 0
+    for batch in trainer.get_train_dataloader():
+        for group in batch["groups"]:
+            markers = group["markers"]
+            last = markers.int().cumsum(1).argmax(1) + 1  # a row ends with a marker
+            padded += int(markers.numel() - last.sum())
+            run += markers.numel() + group["prefix"]["input_ids"].numel()
+    assert 0.25 < padded / run < 0.4  # what the docstring of `share_prefix` says
 
 
 def test_rows_of_a_question_are_drawn_together(tiny_folders, tmp_path):
@@ -320,7 +364,7 @@ def test_overlong_rows(share_prefix, tiny_folders, tmp_path, caplog):
     collator.max_length = 3  # nothing fits: the batch teaches nothing, and the run goes on
     batch = collator(rows)
     assert batch["overlong"].tolist()[0] == len(rows) and (batch["labels"] == IGNORE_INDEX).all()
-    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(5))
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(0))
     loss.backward()
     assert loss.item() == 0
 
@@ -336,6 +380,53 @@ def test_overlong_steps_are_counted_in_the_logs(tiny_folders, tmp_path):
     assert expected[1] > 0
     names = ("overlong_rows", "overlong_steps", "overlong_labelled_steps")
     assert [logged[-1][name] for name in names] == expected
+
+
+def long_and_short(n_long: int, n_short: int) -> list[dict]:
+    """Rows that are longer than 100 tokens, and rows of two steps that are not."""
+    row = {"completions": ["a", "b"], "labels": [1.0, -100.0]}
+    return [row | {"prompt": "q" * 200}] * n_long + [row | {"prompt": "q"}] * n_short
+
+
+def test_an_accumulated_batch_without_a_label_changes_nothing(tiny_folders, tmp_path):
+    """The first two of four updates have no row left; they were 0 / 0."""
+    settings = {"max_length": 100, "overlong": "drop_row", "train_sampling_strategy": "sequential"}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_nan_inf_filter": False}
+    rows = long_and_short(4, 4)
+    trainer = make_trainer(tiny_folders, "qwen2", tmp_path, rows, max_steps=4, weight_decay=0.0, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[:2] == [0, 0] and all(loss > 0 for loss in losses[2:])
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_what_an_evaluation_drops_is_counted_by_itself(tiny_folders, tmp_path):
+    settings = {"max_length": 100, "overlong": "drop_row"}
+    trainer = make_trainer(tiny_folders, "qwen2", tmp_path, long_and_short(1, 3), max_steps=1, **settings)
+    trainer.train()
+    names = ("overlong_rows", "overlong_steps", "overlong_labelled_steps")
+    for evaluated in range(2):  # each counts anew
+        metrics = trainer.evaluate(Dataset.from_list(long_and_short(3, 4)))
+        assert [metrics[f"eval_{name}"] for name in names] == [3, 6, 3], evaluated
+        assert not set(names) & set(trainer.state.log_history[-1])
+    assert [trainer.state.log_history[0][name] for name in names] == [1, 2, 1]
+    with pytest.raises(ValueError, match="no labelled step of 4 rows is left, they are longer than max_length 100"):
+        trainer.evaluate(Dataset.from_list(long_and_short(4, 0)))
+
+
+def test_rows_grouped_by_length(tiny_folders, tmp_path):
+    """Another data set can be evaluated; a row that is too long stops before training."""
+    rows, settings = long_and_short(2, 2), {"train_sampling_strategy": "group_by_length"}
+    trainer = make_trainer(tiny_folders, "qwen2", tmp_path, rows, **settings, per_device_eval_batch_size=2)
+    other = Dataset.from_list(rows[::-1])
+    batches = [
+        sorted(mask.sum(1).tolist()) for mask in (b["attention_mask"] for b in trainer.get_eval_dataloader(other))
+    ]
+    assert all(long - short < 10 for short, long in batches)
+    plain = make_trainer(tiny_folders, "qwen2", tmp_path, rows)
+    assert trainer.evaluate(other)["eval_loss"] == pytest.approx(plain.evaluate(other)["eval_loss"], abs=1e-6)
+    with pytest.raises(ValueError, match=r"train_dataset, row 2 has \d+ tokens, more than max_length 100 \(1 rows"):
+        make_trainer(tiny_folders, "qwen2", tmp_path, rows[2:] + rows[:1], max_length=100, **settings)
 
 
 @pytest.mark.parametrize("kwargs", [{"share_prefix": True}, {"max_length": 90, "overlong": "drop_row"}])

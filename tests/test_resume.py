@@ -144,6 +144,28 @@ def test_no_whole_checkpoint_says_so(tiny_folders, tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "rank", "message"),
+    [
+        ("llama", 4, "checkpoint-1 is an adapter of a Qwen2ForCausalLM, and this model is a LlamaForCausalLM"),
+        ("internvl", 4, "checkpoint-1 is an adapter of a Qwen2ForCausalLM, and this model is a InternVLFor"),
+        ("qwen2", 2, "checkpoint-1 does not fit this Qwen2ForCausalLM: resume with the model, its size and the LoRA"),
+    ],
+)
+def test_the_checkpoint_of_another_adapter_is_refused(architecture, rank, message, tiny_folders, tmp_path):
+    for model, r, resume in (("qwen2", 4, None), (architecture, rank, str(tmp_path / "checkpoint-1"))):
+        trainer = ProcessRewardTrainer(
+            model=tiny_folders[model],
+            args=config(tmp_path, max_steps=1, save_strategy="steps", save_steps=1),
+            train_dataset=dataset("qwen2"),
+            peft_config=LoraConfig(r=r),
+        )
+        if resume is None:
+            trainer.train()
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=resume)
+
+
 def test_same_seed_same_curve(tmp_path):
     """Twice the same to the last bit; and the golden curve, whose environment is written beside it."""
     first, again = curve(tmp_path / "first"), curve(tmp_path / "again")

@@ -4,19 +4,28 @@ import json
 import math
 import subprocess
 import sys
+import zipfile
 
+import bitsandbytes
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_rows
+from conftest import ARCHITECTURES, make_rows, picture
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 
 from trl_mprm import ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer
 from trl_mprm.collator import DataCollatorForProcessReward
 from trl_mprm.modeling import load_model, load_processing_class, modules_beside_decoder
 from trl_mprm.step_format import StepFormat
+from trl_mprm.trainer import describe_model
 
 
 FEATURES = Features(
@@ -123,6 +132,29 @@ def test_4bit_gradients_survive_an_evaluation(tiny_folders, tmp_path):
     first = gradients()
     trainer.evaluate()
     assert torch.equal(first, gradients())
+
+
+def test_a_4bit_model_object_is_guarded_too(tiny_folders, tmp_path):
+    """transformers loaded it, not `load_model`; and what is stored in bfloat16 is counted as what it holds."""
+    beside = modules_beside_decoder(load_model(tiny_folders["qwen2_5_vl"]))
+    printed = []
+    for storage in (torch.uint8, torch.bfloat16):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_storage=storage, llm_int8_skip_modules=beside
+        )
+        model = AutoModelForImageTextToText.from_pretrained(
+            tiny_folders["qwen2_5_vl"], quantization_config=quantization
+        )
+        trainer = ProcessRewardTrainer(
+            model=model, args=config(tmp_path), train_dataset=dataset("qwen2_5_vl"), peft_config=LoraConfig(r=2)
+        )
+        layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+        assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * 14
+        printed.append(describe_model(trainer.model, "adamw_torch"))
+    # Two layers of four attention matrices (two of them half as wide: two key-value heads of four) and three of the MLP.
+    linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    assert f"in 4 bit: {linears:,}, the linear layers of model.language_model" in printed[0]
+    assert printed[0] == printed[1]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -285,10 +317,180 @@ def test_bad_use_says_what_to_do(tiny_folders, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             config(tmp_path, **change)
-    with pytest.raises(ValueError, match="row [ab]:.: 1 images came with a text-only model"):
+    with pytest.raises(ValueError, match="train_dataset, row a:0: 1 images came with a text-only model"):
+        ProcessRewardTrainer(model=tiny_folders["qwen2"], args=config(tmp_path), train_dataset=dataset("qwen2_5_vl"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "processor_of", "loader", "message"),
+    [
+        ("qwen2", "qwen2_5_vl", AutoProcessor, "Qwen2ForCausalLM reads text only.*give the model's tokenizer"),
+        (
+            "qwen2_5_vl",
+            "qwen2_5_vl",
+            AutoTokenizer,
+            "reads images, and processing_class is a tokenizer.*AutoProcessor",
+        ),
+        ("qwen2_5_vl", "internvl", AutoProcessor, "token 261, which this InternVLProcessor does not write"),
+    ],
+)
+def test_the_processor_of_another_model(architecture, processor_of, loader, message, tiny_folders, tmp_path):
+    """Rows with images trained without a word, or without their images."""
+    with pytest.raises(ValueError, match=message):
         ProcessRewardTrainer(
-            model=tiny_folders["qwen2"], args=config(tmp_path), train_dataset=dataset("qwen2_5_vl")
-        ).train()
+            model=tiny_folders[architecture],
+            args=config(tmp_path),
+            train_dataset=dataset("qwen2_5_vl"),
+            processing_class=loader.from_pretrained(tiny_folders[processor_of]),
+        )
+
+
+def row_40(**change) -> list[dict]:
+    """Forty good rows without an id, and one that is not."""
+    row = {"prompt": "q", "completions": ["a", "b"], "labels": [0.0, 1.0]}
+    return [row] * 40 + [{**row, **change}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "row 40: `labels` is None, expected a list of numbers"),
+        ({"completions": None}, "row 40: `completions` is None, expected a list of steps"),
+        ({"completions": [], "labels": []}, "row 40: `completions` is empty"),
+        ({"completions": ["a", None]}, "row 40: step 1 is None, expected text"),
+        ({"prompt": None}, "row 40: `prompt` is None, expected the question"),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_number(change, message, tiny_folders, tmp_path):
+    data = Dataset.from_list(row_40(**change))
+    with pytest.raises(ValueError, match="train_dataset, " + message):
+        ProcessRewardTrainer(model=tiny_folders["qwen2"], args=config(tmp_path), train_dataset=data)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("labels", ["0.5", "1"], "row 0: label of step 0 is '0.5', expected a number"),
+        ("labels", 1.0, "row 0: `labels` is 1.0, expected a list of numbers, one a step"),
+        ("completions", "a. b.", "row 0: `completions` is 'a. b.', expected a list of steps"),
+        ("prompt", 5, "row 0: `prompt` is 5, expected the question"),
+        ("images", "a.png", "the column `images` has one string a row, expected a list of pictures a row"),
+    ],
+)
+def test_a_column_of_another_type(column, value, message, tiny_folders, tmp_path):
+    data = Dataset.from_list([{**row, column: value} for row in row_40()])
+    with pytest.raises(ValueError, match="train_dataset.{1,2}" + message):
+        ProcessRewardTrainer(model=tiny_folders["qwen2"], args=config(tmp_path), train_dataset=data)
+
+
+@pytest.mark.parametrize("decode", [True, False, None], ids=["Image()", "Image(decode=False)", "paths"])
+def test_a_missing_picture_stops_before_training(decode, tiny_folders, tmp_path):
+    """Also in a selection of the rows; a row that was not selected may lack its picture."""
+    picture("red").save(tmp_path / "there.png")
+    rows = [row | {"images": [str(tmp_path / "there.png")]} for row in row_40()]
+    rows[-1]["images"] = [str(tmp_path / "there.png"), str(tmp_path / "gone.png")]
+    data = Dataset.from_list(rows)
+    if decode is not None:
+        data = data.cast_column("images", List(Image(decode=decode)))
+    kwargs = {"model": tiny_folders["qwen2_5_vl"], "args": config(tmp_path / "run", max_steps=1)}
+    with pytest.raises(ValueError, match=r"eval_dataset\['a'\], row 40: picture 1 is '.*gone.png', and there is no"):
+        ProcessRewardTrainer(**kwargs, train_dataset=data.select(range(4)), eval_dataset={"a": data})
+    with pytest.raises(ValueError, match=r"train_dataset, row 1: picture 1 is '.*gone.png'"):
+        ProcessRewardTrainer(**kwargs, train_dataset=data.select([5, 40]))
+    ProcessRewardTrainer(**kwargs, train_dataset=data.select(range(4))).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "stream"),
+    [({}, False), ({"share_prefix": True}, False), ({}, True)],
+    ids=["plain", "shared", "stream"],
+)
+def test_a_broken_picture_names_its_row(options, stream, tiny_folders, tmp_path):
+    picture("red").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    rows = [row | {"images": [str(tmp_path / "whole.png")]} for row in row_40()]
+    rows[-1]["images"] = [str(tmp_path / "cut.png")]
+    data = Dataset.from_list(rows).cast_column("images", List(Image()))
+    rows_read = data.select([0, 40]).to_iterable_dataset() if stream else data
+    trainer = ProcessRewardTrainer(
+        model=tiny_folders["qwen2_5_vl"], args=config(tmp_path, max_steps=20, **options), train_dataset=rows_read
+    )
+    name = "row 1 of the batch" if stream else "row 40"
+    with pytest.raises(ValueError, match=f"^{name}: cannot read image .*cut.png"):
+        trainer.train()
+
+
+def test_a_picture_behind_a_url_is_fetched(tiny_folders, tmp_path):
+    """As `datasets` does it, for a column that names pictures by URL, as one inside an archive."""
+    picture("red").save(tmp_path / "there.png")
+    with zipfile.ZipFile(tmp_path / "there.zip", "w") as archive:
+        archive.write(tmp_path / "there.png", "there.png")
+    processor = load_processing_class(tiny_folders["qwen2_5_vl"], vision=True)
+    processor.tokenizer.add_tokens(["<prm>"], special_tokens=True)
+    collator = DataCollatorForProcessReward(processor)
+    urls = [f"zip://there.png::{tmp_path}/{name}" for name in ("there.zip", "gone.zip")]
+    here, far, gone = (
+        row_40()[0] | {"images": [{"path": path, "bytes": None}]} for path in (str(tmp_path / "there.png"), *urls)
+    )
+    assert torch.equal(collator([here])["pixel_values"], collator([far])["pixel_values"])
+    with pytest.raises(ValueError, match="row 1 of the batch: cannot read image"):
+        collator([far, gone])
+
+
+def test_streams_are_checked_too(tiny_folders, tmp_path):
+    """Where a stream knows its columns, before training; else at the row."""
+    good = {"images": [], "prompt": "q", "completions": ["a"], "labels": [1.0]}
+    shown = {"image": "a.png", **{key: good[key] for key in ("prompt", "completions", "labels")}}
+    for row, known, message in [
+        ({key: good[key] for key in ("images", "prompt", "completions")}, True, "train_dataset has no column labels"),
+        (shown, True, "train_dataset has a column `image`, expected `images`"),
+        ({key: good[key] for key in ("prompt", "labels")}, False, "row 0 of the batch has no completions; it has"),
+        (shown, False, "row 0 of the batch has an `image`, expected `images`"),
+    ]:
+        data = Dataset.from_list([row] * 4).to_iterable_dataset()
+        if not known:
+            data = data.map(lambda row: row)
+            assert data.column_names is None
+        with pytest.raises(ValueError, match=message):
+            ProcessRewardTrainer(
+                model=tiny_folders["qwen2_5_vl"], args=config(tmp_path, max_steps=1), train_dataset=data
+            ).train()
+
+
+def test_bad_counts_stop_before_training(tiny_folders, tmp_path):
+    rows = [row | {"mc_counts": [0, 16], "mc_total": 16} for row in row_40()]
+    args = config(tmp_path, loss_type="beta_binomial")
+    for change, message in [
+        ({"mc_counts": [0, 17]}, "count of step 1 is 17, expected 0 to 16"),
+        ({"mc_counts": [0]}, "`mc_counts`, one a step"),
+        ({"mc_counts": None}, "`mc_counts`, one a step"),
+        ({"mc_total": 0}, "`mc_total` above 0"),
+    ]:
+        data = Dataset.from_list([*rows[:40], rows[40] | change])
+        with pytest.raises(ValueError, match=f"train_dataset, row 40: .*{message}"):
+            ProcessRewardTrainer(model=tiny_folders["qwen2"], args=args, train_dataset=data)
+    ignored = rows[0] | {"labels": [-100.0, 1.0], "mc_counts": [None, 16]}
+    ProcessRewardTrainer(model=tiny_folders["qwen2"], args=args, train_dataset=Dataset.from_list([ignored, *rows]))
+
+
+def test_settings_that_cannot_be_meant(tiny_folders, tmp_path):
+    for change, message in [
+        ({"hard_threshold": float("nan")}, "hard_threshold is nan, expected at least 0 and below 1"),
+        ({"hard_threshold": 1.0}, "hard_threshold is 1.0"),
+        ({"class_weights": [float("nan"), 1.0]}, r"class_weights is \[nan, 1.0\], expected two of at least 0"),
+        ({"source_weights": {"a": -1.0}}, "source_weights is {'a': -1.0}, expected numbers of at least 0"),
+        ({"max_length": 0}, "max_length is 0, expected at least 1"),
+        ({"share_prefix": True, "train_sampling_strategy": "group_by_length"}, "choose one"),
+        ({"model_init_kwargs": {"quantization_config": NF4}}, "model_init_kwargs has quantization_config: give it to"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, **change)
+    with pytest.raises(ValueError, match="train_dataset has no column source"):
+        ProcessRewardTrainer(
+            model=tiny_folders["qwen2"],
+            args=config(tmp_path, source_weights={"ChartQA": 2.0}),
+            train_dataset=dataset("qwen2").remove_columns("source"),
+        )
 
 
 def test_an_adapter_is_no_base(tiny_folders, tmp_path):
@@ -331,10 +533,11 @@ def test_own_metrics_keep_the_loss(tiny_folders, tmp_path):
 
 
 def test_a_processor_that_is_silently_a_tokenizer_is_refused(tmp_path, tiny_folders):
-    AutoTokenizer.from_pretrained(tiny_folders["internvl"]).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_bytes((open(tiny_folders["internvl"] + "/config.json", "rb")).read())
-    with pytest.raises((ValueError, OSError)):
-        load_processing_class(str(tmp_path), vision=True)
+    """AutoProcessor knows no processor for this folder, finds a tokenizer and returns that."""
+    tokenizer = AutoProcessor.from_pretrained(tiny_folders["qwen2"])
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    with pytest.raises(ValueError, match="expected a processor for images and text in .*the folder lacks processor"):
+        load_processing_class(tiny_folders["qwen2"], vision=True)
 
 
 def test_card_tells_the_run(tiny_folders, tmp_path):

@@ -8,13 +8,14 @@ With `share_prefix`, rows of the same images and question come as one prefix and
 """
 
 import logging
-import math
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Image
 
-from .rendering import ProcessingClass, Rendered, pad_batch, prompt_key, render_rows, row_name, tokenizer_of
+from .rendering import ProcessingClass, Rendered, naming, pad_batch, prompt_key, render_rows, row_name, tokenizer_of
 from .shared_prefix import prefix_inputs, shared_length, suffix_inputs
 from .step_format import StepFormat
 
@@ -89,11 +90,11 @@ class DataCollatorForProcessReward:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         for index, row in enumerate(rows):
-            check_labels(row, row_name(row, index))
+            check_row(row, row_name(row, index))
         if self.counts:
-            rows = [_with_count_labels(row, row_name(row, index)) for index, row in enumerate(rows)]
+            rows = [with_count_labels(row, row_name(row, index)) for index, row in enumerate(rows)]
         n_rows = len(rows)
-        rows = [row | {"row_index": index} for index, row in enumerate(rows)]
+        rows = [_fetched(row, row_name(row, index)) | {"row_index": index} for index, row in enumerate(rows)]
         if self.share_prefix:
             rows, batch, dropped = self._shared(rows)
         else:
@@ -113,8 +114,9 @@ class DataCollatorForProcessReward:
 
     def _shared(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any], list[int]]:
         prompts: dict[Any, list[dict]] = {}
-        for row in rows:
-            prompts.setdefault(prompt_key(row), []).append(row)
+        for index, row in enumerate(rows):
+            with naming(row, index):
+                prompts.setdefault(prompt_key(row), []).append(row)
         alone = [group[0] for group in prompts.values() if len(group) == 1]
         # Labels stand first: by them Trainer counts the rows.
         used, batch, dropped = [], {"labels": None, "groups": []}, [0, 0, 0]
@@ -175,16 +177,45 @@ class DataCollatorForProcessReward:
         return fitting, rendered, image_tensors, dropped
 
 
-def check_labels(row: dict[str, Any], name: str) -> None:
-    """Raise `ValueError` unless `row` has one label a step, each in [0, 1] or -100, and at least one to learn from."""
+def _fetched(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row with its pictures at hand: an undecoded column, as of a stream, may name them by URL."""
+    images = row.get("images") or []
+    far = [
+        isinstance(image, dict) and image.get("bytes") is None and "://" in str(image.get("path")) for image in images
+    ]
+    if not any(far):
+        return row
+    try:
+        opened = [Image().decode_example(image) if far else image for image, far in zip(images, far, strict=True)]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: cannot read image: {error}") from error
+    return row | {"images": opened}
+
+
+def check_row(row: dict[str, Any], name: str) -> None:
+    """Raise `ValueError` unless `row` has a question, steps, and a label a step in [0, 1] or -100, not all of them -100."""
+    missing = [column for column in ("prompt", "completions", "labels") if column not in row]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}; it has {', '.join(row)}: rename its columns")
+    if "image" in row and "images" not in row:
+        raise ValueError(f"{name} has an `image`, expected `images`, a list: write images=[image]")
+    if not isinstance(row["prompt"], str | list):
+        raise ValueError(
+            f"{name}: `prompt` is {row['prompt']!r:.60}, expected the question, or a list of chat messages"
+        )
+    for column, content in (("completions", "steps"), ("labels", "numbers, one a step")):
+        if not isinstance(row[column], Sized) or isinstance(row[column], str):
+            raise ValueError(f"{name}: `{column}` is {row[column]!r:.60}, expected a list of {content}")
     labels, steps = row["labels"], row["completions"]
+    if not len(steps):
+        raise ValueError(f"{name}: `completions` is empty, expected at least one step: remove the row")
     if len(labels) != len(steps):
         raise ValueError(f"{name}: {len(labels)} labels for {len(steps)} steps, expected one label a step")
     for number, step in enumerate(steps):
         if not isinstance(step, str) or not step.strip():
             raise ValueError(f"{name}: step {number} is {step!r}, expected text: remove the empty step and its label")
     for number, label in enumerate(labels):
-        if label is None or math.isnan(label) or not (0 <= label <= 1 or label == IGNORE_INDEX):
+        if not _is_label(label):
             raise ValueError(
                 f"{name}: label of step {number} is {label!r}, expected a number in [0, 1], or -100 to ignore the step"
             )
@@ -192,7 +223,14 @@ def check_labels(row: dict[str, Any], name: str) -> None:
         raise ValueError(f"{name}: every label is -100, expected at least one labelled step: remove the row")
 
 
-def _with_count_labels(row: dict[str, Any], name: str) -> dict[str, Any]:
+def _is_label(label: Any) -> bool:
+    try:
+        return bool(0 <= label <= 1 or label == IGNORE_INDEX)  # neither holds for NaN
+    except TypeError:  # text, None, a list
+        return False
+
+
+def with_count_labels(row: dict[str, Any], name: str) -> dict[str, Any]:
     """The labels as shares of counts; raise `ValueError` where a labelled step has no count."""
     counts, total = row.get("mc_counts"), row.get("mc_total")
     if counts is None or not total or len(counts) != len(row["labels"]):

@@ -7,15 +7,26 @@ handed to all four:
     pictures      A A A A B      encoded    A B      handed out    A A A A B
 
 A picture is a row of `pixel_values`, or, where the encoder is told a grid for each picture (the Qwen-VL families), the
-patches of one grid.
+patches of one grid. With `share_prefix` the encoder is called once for each question of the batch:
+
+    first call    A B    encoded    A B      second call    A C    encoded    C      handed out    A C
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
+
+
+class _Encoded(NamedTuple):
+    """Distinct pictures, their numbers of rows, and what the encoder returned for all of them."""
+
+    pictures: list[tuple[torch.Tensor, ...]]
+    sizes: list[int]
+    output: Any
 
 
 def encode_distinct_images(model: PreTrainedModel) -> None:
@@ -26,7 +37,21 @@ def encode_distinct_images(model: PreTrainedModel) -> None:
         encoder.forward = functools.update_wrapper(once, encoder.forward)
 
 
-def _forward_distinct(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+@contextmanager
+def encoded_once(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a picture that one call of the encoder has seen is not encoded by the next ([`encode_distinct_images`])."""
+    encoder = model.get_encoder("image")
+    once = encoder.forward
+    encoder.forward = functools.update_wrapper(functools.partial(once, seen={}), once)
+    try:
+        yield
+    finally:
+        encoder.forward = once
+
+
+def _forward_distinct(
+    forward: Callable, *args: Any, seen: dict[tuple[torch.Size, ...], _Encoded] | None = None, **kwargs: Any
+) -> Any:
     name, pixels = ("", args[0]) if args else next(iter(kwargs.items()))
     others = dict(kwargs) if args else {key: value for key, value in kwargs.items() if key != name}
     grid = others.get("grid_thw")
@@ -38,13 +63,24 @@ def _forward_distinct(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         key: value for key, value in others.items() if isinstance(value, torch.Tensor) and len(value) == len(sizes)
     }
     parts = list(zip(pixels.split(sizes), *(value.split(1) for value in aligned.values()), strict=True))
-    place, first = _places(parts)
-    if len(first) == len(parts):
-        return forward(*args, **kwargs)
-    others |= {key: value[first] for key, value in aligned.items()}
-    distinct = torch.cat([parts[index][0] for index in first])
-    output = forward(distinct, **others) if args else forward(**{name: distinct}, **others)
-    return _spread(output, [sizes[index] for index in first], place)
+    shape = tuple(part.shape[1:] for part in parts[0])  # outputs of other shapes cannot be joined
+    before = (seen or {}).get(shape, _Encoded([], [], None))
+    place, first = _places(before.pictures + parts)
+    n_before, place = len(before.pictures), place[len(before.pictures) :]
+    new = [index - n_before for index in first[n_before:]]
+    if len(new) == len(parts):
+        output = forward(*args, **kwargs)
+    elif new:
+        others |= {key: value[new] for key, value in aligned.items()}
+        distinct = torch.cat([parts[index][0] for index in new])
+        output = forward(distinct, **others) if args else forward(**{name: distinct}, **others)
+    if n_before:
+        output = _joined(before.output, output) if new else before.output
+    sizes = before.sizes + [sizes[index] for index in new]
+    if seen is not None:
+        seen[shape] = _Encoded(before.pictures + [parts[index] for index in new], sizes, output)
+    whole = seen is None and len(new) == len(parts)  # what is kept is not handed out: models write into it
+    return output if whole else _spread(output, sizes, place)
 
 
 def _places(parts: list[tuple[torch.Tensor, ...]]) -> tuple[list[int], list[int]]:
@@ -61,6 +97,17 @@ def _places(parts: list[tuple[torch.Tensor, ...]]) -> tuple[list[int], list[int]
         if place[-1] == len(first):
             first.append(index)
     return place, first
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """What the encoder would have returned in one call for the pictures of two."""
+    if isinstance(first, torch.Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, dict):
+        return type(first)({key: _joined(first[key], second[key]) for key in first})
+    if isinstance(first, list | tuple):
+        return type(first)([_joined(*pair) for pair in zip(first, second, strict=True)])
+    return first
 
 
 def _spread(output: Any, sizes: Sequence[int], place: list[int]) -> Any:

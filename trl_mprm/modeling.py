@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from PIL import Image
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -34,7 +35,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .rendering import ProcessingClass, tokenizer_of
+from .rendering import ProcessingClass, render_prefixes, tokenizer_of
 from .step_format import StepFormat
 
 
@@ -184,6 +185,32 @@ def load_processing_class(model_id: str, vision: bool, **kwargs: Any) -> Process
             "the folder lacks processor files, save the model's processor there"
         )
     return processor
+
+
+def check_processing_class(model: torch.nn.Module, processing_class: ProcessingClass) -> None:
+    """Raise `ValueError` unless a model that reads images has its own processor, and one that does not a tokenizer."""
+    name, got = type(base_of(model)).__name__, type(processing_class).__name__
+    if not is_vision_language(model.config):
+        if isinstance(processing_class, ProcessorMixin):
+            raise ValueError(
+                f"{name} reads text only, and processing_class is a processor for images ({got}): give the model's "
+                "tokenizer, or train a vision-language model"
+            )
+        return
+    if not isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"{name} reads images, and processing_class is a tokenizer ({got}): give the model's processor "
+            "(AutoProcessor.from_pretrained), or leave it out"
+        )
+    token = getattr(model.config, "image_token_id", None)
+    if token is None or processing_class.chat_template is None:  # cross attention; rows without images only
+        return
+    (written,), _ = render_prefixes([{"images": [Image.new("RGB", (64, 64))], "prompt": "?"}], processing_class)
+    if token not in written["input_ids"]:
+        raise ValueError(
+            f"a picture goes to {name} as token {token}, which this {got} does not write: give the processor of the "
+            "model itself"
+        )
 
 
 def decoder_name(model: PreTrainedModel) -> str:

@@ -3,8 +3,13 @@ The order in which a training draws its rows.
 
     share_prefix       the rollouts of a question together, questions in random order:  [q7 q7 q7][q2][q5 q5]...
     group_by_length    rows of nearly equal length together; this file counts the tokens that Trainer groups by
+
+And the rows themselves, as they are drawn: each knows its number, by which errors name it; pictures are not opened yet.
+
+    {"images": [{"path": "a.png", "bytes": None}], "prompt": "How many?", ..., "rollout_id": "40"}
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image, IterableDataset, List
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .rendering import ProcessingClass, render_rows
@@ -46,6 +51,50 @@ def prompt_groups(dataset: Dataset) -> list[list[int]]:
             groups.setdefault(key, []).append(index)
             index += 1
     return list(groups.values())
+
+
+def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows with pictures as they are stored: who opens one can name the row where it is broken."""
+    if (dataset.features or {}).get("images") != List(Image()):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.cast_column("images", List(Image(decode=False)))
+    dataset = copy.deepcopy(dataset)  # shares the table; a cast would write all of it anew
+    dataset.info.features["images"] = List(Image(decode=False))
+    return dataset
+
+
+def numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """A row that has an id: its number in the data set where it has no other."""
+    return {**row, "rollout_id": row.get("rollout_id") or str(index)}
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """
+    Rows of a data set, for a data loader: each with an id, pictures undecoded.
+
+    Examples:
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_mprm.sampling import NumberedRows
+    >>> NumberedRows(Dataset.from_dict({"prompt": ["a", "b"]}))[1]
+    {'prompt': 'b', 'rollout_id': '1'}
+
+    ```
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = undecoded(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return numbered(self.dataset[index], index)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """All rows of a batch in one read; data loaders ask for it."""
+        return [numbered(row, index) for row, index in zip(self.dataset.__getitems__(indices), indices, strict=True)]
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -92,12 +141,12 @@ def by_length(lengths: list[int], batch_size: int) -> Callable[[torch.Generator]
 
 @dataclass(frozen=True)
 class WithLength:
-    """Add a column with the tokens of a row, those of its images included: `dataset.map(WithLength(...))`."""
+    """Add a column with the tokens of a row: `undecoded(dataset).map(WithLength(...), with_indices=True)`."""
 
     processing_class: ProcessingClass
     step_format: StepFormat
     column: str
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        rendered, _ = render_rows([row], self.processing_class, self.step_format)
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, int]:
+        rendered, _ = render_rows([numbered(row, index)], self.processing_class, self.step_format)
         return {self.column: len(rendered[0].input_ids)}

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, PushInProgress
 
-from .collator import IGNORE_INDEX, DataCollatorForProcessReward, check_labels
+from .collator import IGNORE_INDEX, DataCollatorForProcessReward, check_row, with_count_labels
 from .config import ProcessRewardConfig
-from .distinct_images import encode_distinct_images
+from .distinct_images import encode_distinct_images, encoded_once
 from .files import write_json
 from .loss import beta_binomial_losses, class_weighted, step_losses, step_targets
 from .metrics import step_metrics
@@ -40,11 +42,13 @@ from .modeling import (
     add_marker,
     base_of,
     check_classifier,
+    check_processing_class,
     decoder_name,
     fill_peft_config,
     freeze_vision_encoder,
     good_minus_bad,
     is_vision_language,
+    keep_4bit_gradients_on_cpu,
     load_model,
     load_processing_class,
     marker_logits,
@@ -52,7 +56,7 @@ from .modeling import (
     train_marker_in_place,
 )
 from .rendering import ProcessingClass, check_prompt, row_name, special_tokens, tokenizer_of
-from .sampling import EpochSampler, WithLength, by_length, by_prompt, prompt_groups
+from .sampling import EpochSampler, NumberedRows, WithLength, by_length, by_prompt, prompt_groups, undecoded
 from .shared_prefix import can_share_prefix, run_prefix
 
 
@@ -60,6 +64,9 @@ logger = logging.getLogger(__name__)
 
 # What a batch holds beside the features of the model.
 NO_FEATURES = ("labels", "overlong", "row_index", "n_rows", "mc_total", "row_weights")
+# Types of an Arrow column.
+NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+TEXTS = (pa.types.is_string, pa.types.is_large_string)
 
 
 class DecoderInputGradients(TrainerCallback):
@@ -124,11 +131,12 @@ class ProcessRewardTrainer(Trainer):
     ):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: rows with `prompt`, `completions` and `labels`")
-        for name, dataset in _named_datasets(train_dataset, eval_dataset):
-            check_dataset(dataset, name, counts=args is not None and args.loss_type == "beta_binomial")
         model_id = model if isinstance(model, str) else model.name_or_path
         if args is None:
             args = ProcessRewardConfig(f"{Path(model_id).name or 'model'}-PRM")
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            check_dataset(dataset, name, args.loss_type == "beta_binomial", args.source_weights is not None)
+            check_images(dataset, name)
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process a GPU")
         init_kwargs = args.model_init_kwargs or {}
@@ -143,6 +151,8 @@ class ProcessRewardTrainer(Trainer):
         if processing_class is None:
             processor_kwargs = {**pinned(init_kwargs), **(args.processor_kwargs or {})}
             processing_class = load_processing_class(model_id, is_vision_language(model.config), **processor_kwargs)
+        check_processing_class(model, processing_class)
+        keep_4bit_gradients_on_cpu(model)  # a model object was not loaded by `load_model`
         self.step_format = args.step_format
         if args.reward_head == "classification":
             check_classifier(model)
@@ -151,6 +161,8 @@ class ProcessRewardTrainer(Trainer):
         self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_prompts(dataset, special_tokens(tokenizer_of(processing_class)), name)
+            if not is_vision_language(model.config):
+                check_no_images(dataset, name)
             if isinstance(dataset, IterableDataset):  # dispatching would cut a batch of pictures by rows
                 args.accelerator_config.dispatch_batches = False
         if is_vision_language(model.config):
@@ -159,13 +171,22 @@ class ProcessRewardTrainer(Trainer):
             encode_distinct_images(base_of(model))
             if args.freeze_vision_encoder:
                 freeze_vision_encoder(model)
+        sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"  # set by `accelerate launch`
         if args.share_prefix and not can_share_prefix(model):
             raise ValueError(f"share_prefix: {type(model).__name__} keeps more of its past than keys and values")
-        if args.train_sampling_strategy == "group_by_length":
-            count = WithLength(processing_class, self.step_format, args.length_column_name)
-            train_dataset, eval_dataset = (
-                _map(dataset, count, desc="Counting tokens") for dataset in (train_dataset, eval_dataset)
+        if args.share_prefix and (sharded or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "share_prefix under FSDP or DeepSpeed ZeRO-3: a process calls the model once a question, and those with "
+                "fewer questions would leave the others waiting for their weights; train with DDP, or without it"
             )
+        if args.train_sampling_strategy == "group_by_length":
+            self.count_tokens = WithLength(processing_class, self.step_format, args.length_column_name)
+            train_dataset, eval_dataset = (
+                _map(dataset, self._with_lengths) for dataset in (train_dataset, eval_dataset)
+            )
+            if args.max_length is not None and args.overlong == "error":
+                for name, dataset in _named_datasets(train_dataset, eval_dataset):
+                    check_lengths(dataset, name, args.length_column_name, args.max_length)
         if peft_config is not None:
             peft_config = fill_peft_config(peft_config, model, self.step_ids.marker[0], args.reward_head)
             model = get_peft_model(model, peft_config, revision=init_kwargs.get("revision"))
@@ -179,7 +200,7 @@ class ProcessRewardTrainer(Trainer):
         self.benchmarks: dict[str, dict] = {}
         self.compute_other_metrics = compute_metrics
         # What FSDP shards: layers of the decoder. A vision encoder does not run where a process has no image.
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # set by `accelerate launch`; what its file names wins
+        if sharded:  # what the launcher's file names wins
             layer = type(base_of(model).get_decoder().layers[0]).__name__
             os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", layer)
         super().__init__(
@@ -195,8 +216,8 @@ class ProcessRewardTrainer(Trainer):
                 counts=args.loss_type == "beta_binomial",
                 source_weights=args.source_weights,
             ),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=_map(train_dataset, undecoded),
+            eval_dataset=_map(eval_dataset, undecoded),
             processing_class=processing_class,
             compute_metrics=self.compute_step_metrics,
             callbacks=callbacks,
@@ -212,7 +233,7 @@ class ProcessRewardTrainer(Trainer):
         # Makes Trainer count the labelled steps of the accumulated batch over all processes.
         self.model_accepts_loss_kwargs = True
         self.model.add_model_tags(self._tag_names)
-        self.overlong = torch.zeros(3, dtype=torch.long)
+        self.overlong, self.eval_overlong = torch.zeros(2, 3, dtype=torch.long)
         if self.is_world_process_zero():
             print(describe_model(self.model, args.optim))
 
@@ -238,7 +259,7 @@ class ProcessRewardTrainer(Trainer):
         else:
             # Gradients are averaged over processes, the count is their sum.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss / num_items_in_batch * processes
+            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1) * processes
         return (loss, good_minus_bad(logits)) if return_outputs else loss
 
     def _marker_logits(
@@ -256,24 +277,41 @@ class ProcessRewardTrainer(Trainer):
 
     def _group_logits(self, inputs: dict[str, Any]) -> torch.Tensor:
         logits = []
-        if "plain" in inputs:
-            logits.append(self._forward(self.model, inputs["plain"], inputs["plain"]["labels"] != IGNORE_INDEX))
-        for group in inputs["groups"]:
-            continuation = {
-                "input_ids": group["input_ids"],
-                "past_key_values": run_prefix(self.model, group["prefix"]),
-            }
-            logits.append(self._forward(self.model, continuation, group["markers"]))
+        with encoded_once(base_of(self.model)) if is_vision_language(self.model.config) else nullcontext():
+            if "plain" in inputs:
+                logits.append(self._forward(self.model, inputs["plain"], inputs["plain"]["labels"] != IGNORE_INDEX))
+            for group in inputs["groups"]:
+                continuation = {
+                    "input_ids": group["input_ids"],
+                    "past_key_values": run_prefix(self.model, group["prefix"]),
+                }
+                logits.append(self._forward(self.model, continuation, group["markers"]))
         return torch.cat(logits)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """As Trainer does, but a full model by its own loader: some keep other names in a checkpoint than in memory."""
         model = self.model if model is None else model
-        if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
-            model.load_state_dict(saved.state_dict())
+        base = type(base_of(self.model)).__name__
+        adapter = Path(resume_from_checkpoint, ADAPTER_CONFIG_NAME)
+        if adapter.is_file():
+            named = json.loads(adapter.read_text(encoding="utf-8")).get("auto_mapping") or {}
+            trained_on = named.get("base_model_class", base)
+            if trained_on != base:
+                raise ValueError(
+                    f"{resume_from_checkpoint} is an adapter of a {trained_on}, and this model is a {base}: name the base "
+                    "it was trained on"
+                )
+        try:
+            if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
+                model.load_state_dict(saved.state_dict())
+        except (KeyError, RuntimeError) as error:  # torch lists every tensor of another shape
+            raise ValueError(
+                f"{resume_from_checkpoint} does not fit this {base}: resume with the model, its size and the LoRA "
+                f"settings that the checkpoint was trained with ({str(error).splitlines()[0]})"
+            ) from error
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
@@ -317,6 +355,8 @@ class ProcessRewardTrainer(Trainer):
         No loss is returned: Trainer would average it over batches. [`compute_step_metrics`] has the exact step mean.
         """
         inputs = self._prepare_inputs(inputs)
+        if "overlong" in inputs:
+            self.eval_overlong = self.eval_overlong.to(inputs["overlong"].device) + inputs["overlong"]
         with torch.no_grad(), self.compute_loss_context_manager():
             logits, labels, counts = self._marker_logits(model, inputs)
             losses = self._step_losses(logits, labels, counts, inputs)
@@ -331,12 +371,22 @@ class ProcessRewardTrainer(Trainer):
         return None, (padded[0], padded[1]), padded[2]
 
     def compute_step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Loss and step metrics (threshold 0.5) of an evaluation; one solution a row, the hard label as truth."""
+        """
+        Loss and step metrics (threshold 0.5) of an evaluation; one solution a row, the hard label as truth. And what
+        was too long for it.
+        """
         (logits, losses), labels = prediction.predictions, prediction.label_ids
         measured = labels != IGNORE_INDEX
+        dropped = self._counted(self.eval_overlong)
+        self.eval_overlong = torch.zeros_like(self.eval_overlong)
+        if not measured.any():
+            raise ValueError(
+                f"evaluation: no labelled step of {len(labels)} rows is left, they are longer than max_length "
+                f"{self.args.max_length}: raise max_length, or evaluate on shorter rows"
+            )
         loss = float(losses[measured].astype(np.float64).mean())
         if self.compute_other_metrics is not None:
-            return {"loss": loss, **self.compute_other_metrics(EvalPrediction(logits, labels))}
+            return {"loss": loss, **dropped, **self.compute_other_metrics(EvalPrediction(logits, labels))}
         truth = np.where(labels > self.args.hard_threshold, 1, -1)
         scores = torch.from_numpy(logits).double().sigmoid().numpy()
         metrics = step_metrics(
@@ -346,26 +396,56 @@ class ProcessRewardTrainer(Trainer):
             n_resamples=0,
         )
         reported = ("macro_f1_pooled", "auc", "first_error_accuracy")
-        return {"loss": loss, **{name: metrics[name] for name in reported if metrics[name] is not None}}
+        return {"loss": loss, **dropped, **{name: metrics[name] for name in reported if metrics[name] is not None}}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.args.max_length is not None:
-            counts = self.accelerator.gather(self.overlong.to(self.args.device)).view(-1, 3).sum(0).tolist()
-            names = ("overlong_rows", "overlong_steps", "overlong_labelled_steps")
-            logs = {**logs, **dict(zip(names, counts, strict=True))}
+        if not any(name.startswith("eval_") for name in logs):  # an evaluation has its own
+            logs = {**logs, **self._counted(self.overlong)}
         super().log(logs, *args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def _counted(self, overlong: torch.Tensor) -> dict[str, int]:
+        """Rows, steps and labelled steps that all processes dropped; empty where no row can be too long."""
+        if self.args.max_length is None:
+            return {}
+        counts = self.accelerator.gather(overlong.to(self.args.device)).view(-1, 3).sum(0).tolist()
+        return dict(zip(("overlong_rows", "overlong_steps", "overlong_labelled_steps"), counts, strict=True))
+
+    def _with_lengths(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """The same rows with a column of their lengths."""
+        if isinstance(dataset, IterableDataset):
+            return dataset
+        return undecoded(dataset).map(self.count_tokens, with_indices=True, desc="Counting tokens")
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        """As Trainer does, of rows that know their number and whose pictures the collator opens."""
         if isinstance(dataset, Dataset):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            if self.args.share_prefix:
-                return EpochSampler(by_prompt(prompt_groups(dataset)), len(dataset), seed)
-            if self.args.train_sampling_strategy == "group_by_length":
-                lengths = dataset[self.args.length_column_name][:]
-                batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-                return EpochSampler(by_length(lengths, batch_size), len(dataset), seed)
-        return super()._get_train_sampler(train_dataset)
+            dataset = NumberedRows(dataset)
+        elif isinstance(dataset, IterableDataset):
+            dataset = undecoded(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = _rows_of(self.train_dataset if train_dataset is None else train_dataset)
+        if isinstance(dataset, Dataset) and self.args.share_prefix:
+            return EpochSampler(by_prompt(prompt_groups(dataset)), len(dataset), self._order_seed)
+        if isinstance(dataset, Dataset) and self.args.train_sampling_strategy == "group_by_length":
+            return self._length_sampler(dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+        return super()._get_train_sampler(dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        dataset = _rows_of(eval_dataset)
+        if isinstance(dataset, Dataset) and self.args.train_sampling_strategy == "group_by_length":
+            counted = self.args.length_column_name in dataset.column_names  # those that the trainer was made with
+            return self._length_sampler(dataset if counted else self._with_lengths(dataset), self.args.eval_batch_size)
+        return super()._get_eval_sampler(dataset)
+
+    def _length_sampler(self, dataset: Dataset, batch_size: int) -> EpochSampler:
+        lengths = dataset[self.args.length_column_name][:]
+        return EpochSampler(by_length(lengths, batch_size), len(dataset), self._order_seed)
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -513,11 +593,24 @@ def _columns(dataset: Dataset, *names: str) -> pa.Table:
     return dataset.select_columns(list(names)).with_format("arrow")[:]
 
 
-def check_dataset(dataset: Dataset | IterableDataset, name: str, counts: bool = False) -> None:
+def _rows_of(dataset: Any) -> Any:
+    return dataset.dataset if isinstance(dataset, NumberedRows) else dataset
+
+
+def _where(dataset: Dataset, name: str, index: int) -> str:
+    """Name a row of a data set in an error."""
+    row = dataset.remove_columns([column for column in dataset.column_names if column == "images"])[index]
+    return f"{name}, {row_name(row, index).removesuffix(' of the batch')}"
+
+
+def check_dataset(
+    dataset: Dataset | IterableDataset, name: str, counts: bool = False, source_weights: bool = False
+) -> None:
     """Raise `ValueError` for the first row without steps or usable labels, before training; streams fail at the row."""
-    if isinstance(dataset, IterableDataset):
+    if dataset.column_names is None:  # of a stream, as after a map; its rows are checked as they come
         return
     expected = {"prompt", "completions", "labels"} | ({"mc_counts", "mc_total"} if counts else set())
+    expected |= {"source"} if source_weights else set()
     missing = expected - set(dataset.column_names)
     if missing:
         raise ValueError(
@@ -529,21 +622,123 @@ def check_dataset(dataset: Dataset | IterableDataset, name: str, counts: bool = 
             f"{name} has a column `image`, expected `images`, a list a row: "
             'map(lambda row: {"images": [row["image"]]}, remove_columns="image")'
         )
+    if isinstance(dataset, IterableDataset):
+        return
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows: check the selection")
-    table = _columns(dataset, "completions", "labels")
-    steps, labels = table["completions"], table["labels"].combine_chunks()
-    blank = pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.list_flatten(steps))), 0)).as_py()
-    values = pc.list_flatten(labels).cast(pa.float64())
-    usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
-    lengths = pc.list_value_length(steps).combine_chunks()
-    same_length = pc.all(pc.equal(lengths, pc.list_value_length(labels))).as_py()
-    labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])
-    good = same_length and values.null_count == 0 and pc.all(usable).as_py() and len(labelled) == len(dataset)
-    if good and not blank:
+    table = _columns(dataset, *expected - {"source"})
+    if _all_rows_fit(table) and (not counts or _all_counts_fit(table)):
         return
     for index, row in enumerate(dataset.remove_columns([c for c in dataset.column_names if c == "images"])):
-        check_labels(row, f"{name}, {row_name(row, index).removesuffix(' of the batch')}")
+        where = f"{name}, {row_name(row, index).removesuffix(' of the batch')}"
+        check_row(row, where)
+        if counts:
+            with_count_labels(row, where)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _lists_of(column: pa.ChunkedArray, *tests: Callable[[pa.DataType], bool]) -> bool:
+    """Whether every row of a column is a list of values of one of these types."""
+    return _is_list(column.type) and column.null_count == 0 and any(test(column.type.value_type) for test in tests)
+
+
+def _all_rows_fit(table: pa.Table) -> bool:
+    """Whether no row can fail [`check_row`], told from whole columns."""
+    prompts, steps, labels = table["prompt"], table["completions"], table["labels"]
+    if prompts.null_count or not (pa.types.is_nested(prompts.type) or any(test(prompts.type) for test in TEXTS)):
+        return False
+    if not (_lists_of(steps, *TEXTS) and _lists_of(labels, *NUMBERS)):
+        return False
+    steps, labels = steps.combine_chunks(), labels.combine_chunks()
+    texts, values = pc.list_flatten(steps), pc.list_flatten(labels).cast(pa.float64())
+    blank = pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)).as_py()
+    usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
+    same_length = pc.all(pc.equal(pc.list_value_length(steps), pc.list_value_length(labels))).as_py()
+    labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])
+    whole = texts.null_count == values.null_count == 0 and len(labelled) == len(table)
+    return whole and same_length and not blank and pc.all(usable).as_py()
+
+
+def _all_counts_fit(table: pa.Table) -> bool:
+    """Whether no row that fits can fail [`with_count_labels`]."""
+    counts, totals = table["mc_counts"], table["mc_total"]
+    if not _lists_of(counts, pa.types.is_integer) or totals.null_count:
+        return False
+    labels, counts = table["labels"].combine_chunks(), counts.combine_chunks()
+    if not pc.all(pc.equal(pc.list_value_length(counts), pc.list_value_length(labels))).as_py():
+        return False
+    values = pc.list_flatten(counts)
+    total = totals.take(pc.list_parent_indices(counts))
+    fits = pc.fill_null(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, total)), False)
+    ignored = pc.equal(pc.list_flatten(labels).cast(pa.float64()), IGNORE_INDEX)
+    return pc.all(pc.greater(totals, 0)).as_py() and pc.all(pc.or_(fits, ignored)).as_py()
+
+
+def check_images(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise `ValueError` for the first row with a picture that is not there, before training; a broken one later."""
+    if isinstance(dataset, IterableDataset) or "images" not in dataset.column_names:
+        return
+    stored = dataset.data.column("images")  # of the whole file, of which the data set may be a selection
+    if not _is_list(stored.type) and not pa.types.is_null(stored.type):
+        raise ValueError(
+            f"{name}: the column `images` has one {stored.type} a row, expected a list of pictures a row: "
+            'map(lambda row: {"images": [row["images"]]})'
+        )
+    pictures = pc.list_flatten(stored) if _is_list(stored.type) else stored
+    if pa.types.is_struct(pictures.type):
+        paths = pc.struct_field(pictures, "path").filter(pc.is_null(pc.struct_field(pictures, "bytes")))
+    elif any(test(pictures.type) for test in TEXTS):
+        paths = pictures
+    else:
+        return
+    gone = {path for path in pc.unique(paths).to_pylist() if path is None or not _is_there(path)}
+    if not gone:
+        return
+    for index, images in enumerate(undecoded(dataset.select_columns("images"))["images"]):
+        for number, image in enumerate(images or []):
+            held = image if isinstance(image, dict) else {"path": image}
+            if held.get("bytes") is None and held["path"] in gone:
+                raise ValueError(
+                    f"{_where(dataset, name, index)}: picture {number} is {held['path']!r}, and there is no such file: "
+                    "put it there, name the folder of the images (image_root), or remove the row"
+                )
+
+
+def _is_there(path: str) -> bool:
+    return "://" in path or os.path.isfile(path)  # what lies behind a URL is seen when it is read
+
+
+def check_no_images(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise `ValueError` for the first row with pictures, of a text-only model, before training."""
+    if isinstance(dataset, IterableDataset) or "images" not in dataset.column_names:
+        return
+    first = 0
+    for table in dataset.select_columns("images").with_format("arrow").iter(batch_size=1000):
+        if _is_list(table["images"].type):
+            counts = pc.fill_null(pc.list_value_length(table["images"]), 0).to_numpy()
+            if counts.any():
+                index = int(counts.nonzero()[0][0])
+                raise ValueError(
+                    f"{_where(dataset, name, first + index)}: {counts[index]} images came with a text-only model: use a "
+                    "vision-language model, or remove the `images` column"
+                )
+        first += len(table)
+
+
+def check_lengths(dataset: Dataset | IterableDataset, name: str, column: str, max_length: int) -> None:
+    """Raise `ValueError` for the longest row where it is too long, before training."""
+    if isinstance(dataset, IterableDataset):
+        return
+    lengths = np.array(dataset[column][:])
+    if lengths.max() > max_length:
+        raise ValueError(
+            f"{_where(dataset, name, int(lengths.argmax()))} has {lengths.max()} tokens, more than max_length "
+            f"{max_length} ({(lengths > max_length).sum()} rows in all): raise max_length, or set overlong to "
+            '"drop_steps" or "drop_row"'
+        )
 
 
 def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name: str) -> None:
@@ -551,17 +746,15 @@ def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name
     if isinstance(dataset, IterableDataset) or not forbidden:
         return
     prompts = _columns(dataset, "prompt")["prompt"]
-    if not pa.types.is_string(prompts.type):  # chat messages are checked when they are rendered
+    if not any(test(prompts.type) for test in TEXTS):  # chat messages are checked when they are rendered
         return
     hits = pc.match_substring_regex(prompts, "|".join(map(re.escape, forbidden))).to_numpy().nonzero()[0]
     if len(hits):
         index = int(hits[0])
-        row = dataset.remove_columns([c for c in dataset.column_names if c == "images"])[index]
         try:
-            check_prompt(row["prompt"], forbidden)
+            check_prompt(prompts[index].as_py(), forbidden)
         except ValueError as error:
-            where = row_name(row, index).removesuffix(" of the batch")
-            raise ValueError(f"{name}, {where} ({len(hits)} rows in all): {error}") from error
+            raise ValueError(f"{_where(dataset, name, index)} ({len(hits)} rows in all): {error}") from error
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str:
@@ -580,11 +773,11 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str:
     raise ValueError(f"{folder} has no whole checkpoint to resume from: expected checkpoint-*/{TRAINER_STATE_NAME}")
 
 
-def _map(dataset: Any, function: Callable, **kwargs: Any) -> Any:
-    """Map a dataset, or each of a `dict` of them; None and streams stay as they are."""
+def _map(dataset: Any, function: Callable) -> Any:
+    """What a function makes of a data set, or of each of a `dict` of them; None stays."""
     if isinstance(dataset, dict):
-        return {name: _map(value, function, **kwargs) for name, value in dataset.items()}
-    return dataset.map(function, **kwargs) if isinstance(dataset, Dataset) else dataset
+        return {name: function(value) for name, value in dataset.items()}
+    return None if dataset is None else function(dataset)
 
 
 def describe_model(model: PreTrainedModel | PeftModel, optim: str) -> str:
@@ -594,7 +787,8 @@ def describe_model(model: PreTrainedModel | PeftModel, optim: str) -> str:
     stored = trained = four_bit = weights = gradients = states = 0
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit"
-        count, size = parameter.numel() * (2 if packed else 1), parameter.numel() * parameter.element_size()
+        size = parameter.numel() * parameter.element_size()
+        count = size * 2 if packed else parameter.numel()  # whatever type the two in a byte are stored as
         stored += count
         weights += size
         four_bit += packed * count

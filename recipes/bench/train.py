@@ -19,11 +19,11 @@ Counted: forward, backward and optimizer step on a batch that lies on the device
 rows, and moving them there (`collate s`, for the whole batch). All rows are equally long: padding plays no part. `plain`
 and `ours` run on eight questions and stand for every G: plain code encodes a picture once a row, whoever else shows it.
 
-`step GB` is what the step needs at its peak beyond what lay in memory before: activations, logits, gradients. On a CPU
-it is the growth of resident memory, which does not fall reliably, so each contestant makes the first step of a fresh
-process (which creates the optimizer's states too). `weights GB` is the model. FLOPs are counted by torch for one
-question, without gradient checkpointing, times the questions (those of `qlora` are those of `ours`); `of matmul` is
-their rate over that of a large square product in the same process, both from the fastest run. Needs
+`step GB` is what torch has allocated at the peak of a step beyond what lay in memory before: activations, logits,
+gradients; on a CPU as torch's profiler counts it, which is the same in every run (what libraries take for themselves is
+not in it). `weights GB` is the model, `peak GB` their sum; the optimizer's states are in neither. FLOPs are counted by
+torch for one question, without gradient checkpointing, times the questions (those of `qlora` are those of `ours`); `of
+matmul` is their rate over that of a large square product in the same process, both from the fastest run. Needs
 `pip install "trl-mprm[qlora]"`; with several GPUs, name one in CUDA_VISIBLE_DEVICES.
 """
 
@@ -31,27 +31,24 @@ import os
 import sys
 
 
-# select.py in this folder would hide the standard library's: the folder goes to the end of the path, here and in workers.
+# select.py in this folder would hide the standard library's: the folder goes to the end of the path.
 sys.path.sort(key=os.path.dirname(os.path.abspath(__file__)).__eq__)
-os.environ["PYTHONSAFEPATH"] = "1"
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler tells of a GPU that is not there
 
 import argparse
 import contextlib
 import io
-import multiprocessing
+import json
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
@@ -59,6 +56,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 from tabulate import tabulate
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
@@ -221,38 +219,19 @@ def seconds(function: Callable, *args) -> float:
 
 
 def step_memory(trainer: ProcessRewardTrainer, contestant: Contestant, rows: list[dict]) -> int:
-    """Bytes that a step needs at its peak beyond what lay in memory before."""
+    """Bytes that are allocated at the peak of a step beyond what lay in memory before."""
     batch = make_batch(trainer, contestant, rows)
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         train_step(trainer, batch, contestant.plain)
         return torch.cuda.max_memory_allocated() - before
-    for parameter in trainer.model.parameters():
-        parameter.sum()  # weights are mapped from their file, and resident once they are read
-    process, done = psutil.Process(), threading.Event()
-    resident = [process.memory_info().rss]
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            resident.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(trainer, batch, contestant.plain)
-    finally:
-        done.set()
-        watcher.join()
-    return max(resident) - resident[0]
-
-
-def step_memory_of_process(folder: str, contestant: Contestant, rows: list[dict], gradient_checkpointing: bool) -> int:
-    """[`step_memory`] in the first step of this process."""
-    trainer = load_trainer(folder, contestant.quantized, gradient_checkpointing)
-    if gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable()
-    return step_memory(trainer, contestant, rows)
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiler.export_chrome_trace(trace.name)
+        events = json.load(open(trace.name))["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def optimizer_excess(trainer: ProcessRewardTrainer, rows: list[dict], repeats: int = 5) -> float:
@@ -270,19 +249,6 @@ def optimizer_excess(trainer: ProcessRewardTrainer, rows: list[dict], repeats: i
     )
     trainer.optimizer.zero_grad()
     return step * (2 * source.nbytes / copy) / moved
-
-
-def measure_memory(folder: str, contestants: list[Contestant], rows: dict, gradient_checkpointing: bool) -> dict:
-    """On a CPU: [`step_memory`] of each contestant in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl_mprm.trainer"])
-    memory = {}
-    for contestant in contestants:
-        task = (folder, contestant, rows[contestant.group], gradient_checkpointing)
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            memory[contestant.name] = pool.submit(step_memory_of_process, *task).result()
-        print(f"{contestant.name}: {memory[contestant.name] / 1e9:.2f} GB", flush=True)
-    return memory
 
 
 def count(trainer: ProcessRewardTrainer, contestant: Contestant, rows: list[dict], plain_loss: float) -> dict:
@@ -333,9 +299,6 @@ def main() -> None:
         save_random_model(args.size, args.image_tokens, folder)
         if cuda:
             torch.cuda.empty_cache()
-            memory = {}
-        else:
-            memory = measure_memory(folder, contestants, rows, args.gradient_checkpointing)
         trainers = {
             quantized: load_trainer(folder, quantized, args.gradient_checkpointing) for quantized in (False, True)
         }
@@ -365,19 +328,20 @@ def main() -> None:
         name: partial(torch.mm, torch.randn(m, k, **factory), torch.randn(k, n, **factory))
         for name, (m, k, n) in shapes.items()
     }
+    memory = {}
     for contestant in contestants:
         trainer = trainers[contestant.quantized]
         batch = make_batch(trainer, contestant, rows[contestant.group])
         tasks[contestant.name] = partial(train_step, trainer, batch, contestant.plain)
         tasks[contestant.name]()  # the warm-up
-        if cuda:
-            memory[contestant.name] = step_memory(trainer, contestant, rows[contestant.group])
+        memory[contestant.name] = step_memory(trainer, contestant, rows[contestant.group])
     times = measure_times(tasks, args.repeats)
 
     tokens = args.rows * length
     rates = {name: 2 * m * k * n / min(times[name]) / 1e12 for name, (m, k, n) in shapes.items()}
     for name, result in results.items():
         result["step_gb"] = memory[name] / 1e9
+        result["peak_gb"] = result["step_gb"] + result["weights_gb"]
         result["step_s"], result["min_s"] = statistics.median(times[name]), min(times[name])
         result["tokens_per_s"] = tokens / result["step_s"]
         result["share_of_matmul"] = result["tflops"] / result["min_s"] / rates["square"]
@@ -397,6 +361,7 @@ def main() -> None:
         "answer_tokens": args.answer_tokens,
         "gradient_checkpointing": args.gradient_checkpointing,
         "memory_plain_over_ours": ratio("plain", "ours", "step_gb"),
+        "memory_with_weights_plain_over_ours": ratio("plain", "ours", "peak_gb"),
         "memory_drop_over_logits": (results["plain"]["step_gb"] - results["ours"]["step_gb"]) / logits_gb,
         "time_plain_over_ours": ratio("plain", "ours"),
         "time_plain_over_ours_of_minima": ratio("plain", "ours", "min_s"),
@@ -422,8 +387,8 @@ def print_report(report: dict) -> None:
         f"\n{report['size']}, {report['dtype']}, {report['device']}, {report['rows']} rows of {lengths[0]} + {lengths[1]} "
         f"tokens, gradient checkpointing {'on' if report['gradient_checkpointing'] else 'off'}\n"
     )
-    header = ["", "step s", "min s", "tokens/s", "step GB", "weights GB", "of matmul", "collate s", "loss diff."]
-    keys = ("step_s", "min_s", "tokens_per_s", "step_gb", "weights_gb", "share_of_matmul", "collate_s")
+    header = ",step s,min s,tokens/s,step GB,weights GB,peak GB,of matmul,collate s,loss diff.".split(",")
+    keys = ("step_s", "min_s", "tokens_per_s", "step_gb", "weights_gb", "peak_gb", "share_of_matmul", "collate_s")
     lines = [[name, *(result[key] for key in (*keys, "loss_difference"))] for name, result in results.items()]
     print(tabulate(lines, headers=header, floatfmt=".3g", tablefmt="github"), end="\n\n")
     keys = ("time_plain_over_shared", "time_ours_over_shared", "ideal_ours_over_shared")
