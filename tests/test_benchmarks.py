@@ -118,6 +118,11 @@ def png_header(width, height):
         ({**GOOD, "image": [1]}, "image_not_a_path", "image is 1, expected a path"),
         ({**GOOD, "question": "\ud800?"}, "text_not_unicode", "question holds a lone surrogate"),
         (record(["good", "\ud800"], [1, 1]), "text_not_unicode", "step 1 holds a lone surrogate"),
+        (
+            {**GOOD, "question": f"How many in <image{'9' * 5000}>?"},
+            "bad_field",
+            "question: expected the number of an image, got <image999999999...>",
+        ),
         (record([], []), "empty_steps", "the list of steps is empty"),
         (record(["good", " "], [1, 1]), "step_without_text", "step 1 is ' '"),
         (record(["good", None], [1, 1]), "step_without_text", "step 1 is None"),

@@ -131,6 +131,7 @@ def test_best_of_n(trained):
         (["--question", "?", "--step", " "], "step 0 is ' ', expected text"),
         (["--question", "?<|image_pad|>", "--step", "a"], "special token '<|image_pad|>'"),
         (["--question", "?", "--step", "a", "--image", "none.png"], "cannot read image none.png"),
+        (["--question", "?", "--step", "a\udcff"], "row 0: step 0 holds a lone surrogate ('\\udcff')"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, trained, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
@@ -118,6 +119,38 @@ def test_one_bad_item_is_reported_and_the_others_are_scored(folder):  # noqa: F8
         ["DynaMath:1"],
         ["WeMath:2"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (KeyError("image"), "KeyError: 'image'"),
+        (torch.OutOfMemoryError("CUDA out of memory:\n2 GB"), "OutOfMemoryError: CUDA out of memory: 2 GB"),
+        (IndexError(), "IndexError"),
+        (OSError("no disk"), "no disk"),
+    ],
+)
+def test_any_error_of_one_item_is_reported(folder, raised, told):  # noqa: F811
+    class Odd(Table):
+        def score_batch(self, rows, batch_size=8):
+            if any("endless" in row["completions"] for row in rows):
+                raise raised
+            return super().score_batch(rows, batch_size)
+
+    good, bad = record(["good", "bad"], [1, -1]), record(["endless"], [1], question="How few?")
+    with pytest.warns(UserWarning, match="1 of 2 items could not be scored"):
+        results = evaluate_model(Odd(SCORES), write(folder, good, bad), 0.5)
+    assert results["benchmark"]["failed"] == [{"id": "DynaMath:1", "error": told}]
+    with pytest.raises(ValueError, match="none of 2 items could be scored; first, DynaMath:0: "):
+        evaluate_model(Odd(SCORES), write(folder, bad, {**bad, "question": "Why?"}), 0.5)
+
+
+def test_a_model_without_eyes_is_told_before_scoring(folder, tiny_folders, monkeypatch):  # noqa: F811
+    model, tokenizer = load_model(tiny_folders["qwen2"]), load_processing_class(tiny_folders["qwen2"], False)
+    add_marker(model, tokenizer, StepFormat())
+    monkeypatch.setattr(ProcessRewardModel, "score_batch", lambda *args, **kwargs: pytest.fail("scored for hours"))
+    with pytest.raises(ValueError, match="all 4 items have images, and this model, or its step_format, reads none"):
+        evaluate_model(ProcessRewardModel(model, tokenizer), four_items(folder))
 
 
 class Broken:
@@ -411,12 +444,27 @@ def test_the_command_writes_everything(folder, tiny_folders, tmp_path, capsys): 
         (["--model", "m", "--data", "none.jsonl"], "none.jsonl: no such file; expected a file or a folder with test"),
         (["--model", "m", "--benchmark", "best-of-n"], "best-of-n has no dataset on the Hub: name a file or folder"),
         (["m", "someone/none", "--benchmark", "prmbench"], "someone/none: no such file or folder here, and the Hub"),
+        (["m", "x", "--output", __file__], "test_evaluation.py is a file, expected a folder for scores and reports"),
     ],
 )
 def test_bad_input_of_the_command_is_one_line(argv, message, capsys):
     assert main(["evaluate", *argv]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--threshold", "foo", "held_out, oracle or a number"),
+        ("--batch-size", "0", "a whole number of at least 1"),
+        ("--batch-size", "two", "a whole number of at least 1"),
+    ],
+)
+def test_bad_values_of_flags(flag, value, expected, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "m", flag, value])
+    assert f"error: argument {flag}: expected {expected}, got {value!r}" in capsys.readouterr().err
 
 
 # ---- the other benchmarks
@@ -597,7 +645,8 @@ def evaluated(folder):  # noqa: F811
     write(
         folder,
         record(["good", "so-so", "bad"], [1, 0, -1], image=["images/huge.png", "images/red.png"]),
-        record(["good", "bad"], [1, 1], question="<script>alert(1)</script> & \u202eso?", data_source="WeMath<b>"),
+        record(["good", "bad"], [1, 1], question="<script>alert(1)</script> & \u202eso?", data_source="WeMath<b>")
+        | {"policy_model": "GPT\ud800"},
         record(["good", "so-so"], [1, -1], question="Which?", data_source="WeMath<b>"),
         record(["endless"], [1], question="When?"),
         {**GOOD, "image": ["images/none.png"]},

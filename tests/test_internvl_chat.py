@@ -715,3 +715,16 @@ def test_a_known_checkpoint_takes_its_format_along(tmp_path, sentencepiece_model
     write_checkpoint(Path("OpenGVLab/VisualPRM-8B"), "InternLM2", sentencepiece_model)
     convert_internvl_chat("OpenGVLab/VisualPRM-8B", "native")
     assert StepFormat.load("native") == published_format("visualprm")
+    # The system message that its config.json sets is the one that its remote code writes.
+    write_checkpoint(Path("OpenGVLab/VisualPRM-8B-v1_1"), "InternLM2", sentencepiece_model, system_message="Judge.")
+    convert_internvl_chat("OpenGVLab/VisualPRM-8B-v1_1", "judge")
+    (system, *others), (_, *expected) = StepFormat.load("judge").messages, published_format("visualprm").messages
+    assert system == ("system", "Judge.") and others == expected
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "red.png"])
+def test_a_checkpoint_that_is_nowhere(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    picture("red").save("red.png")
+    assert main(["convert", name, "native"]) == 2
+    assert capsys.readouterr().err == f"error: {name}: no such folder here, and the Hub cannot be reached\n"

@@ -264,11 +264,14 @@ def test_best_threshold_passes_over_the_data_once_a_source(monkeypatch):
     # The sweep of the paper's code measures F1 anew for each of 1,000 thresholds; recipes/bench/threshold.py times it.
     calls, cumsum = [], np.cumsum
     monkeypatch.setattr(np, "cumsum", lambda values: calls.append(len(values)) or cumsum(values))
-    labels, scores, sources = flat(random_items(3000))
-    distinct = scores + np.linspace(0, 1e-3, len(scores))
-    best_threshold(labels == 1, distinct, sources)
-    assert len(np.unique(distinct)) > 10_000  # as many thresholds are tried
-    assert calls == [len(scores)] * 2 * len(set(sources))  # one pass for each class
+    steps = np.array(list(VISUALPROCESSBENCH_STEPS.values()))
+    sources = np.repeat(np.arange(len(steps)), steps.sum(1))
+    correct = np.repeat(np.tile([True, False], len(steps)), steps.ravel())
+    scores = np.random.default_rng(0).permutation(np.linspace(0, 1, len(sources)))
+    best_threshold(correct, scores, sources)
+    assert len(np.unique(scores)) == 24_276  # as many thresholds are tried
+    assert calls == [24_276] * 2 * 5  # one pass for each class of a source
+    assert 100 * len(calls) <= 1000
 
 
 @pytest.mark.slow
@@ -487,6 +490,21 @@ def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         step_metrics(*arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([[0.5], []], "candidate 1 has no scores, expected one a step"),
+        ([[], [0.5]], "candidate 0 has no scores"),
+        ([[0.5], [0.5, float("nan")]], r"candidate 1: scores must be numbers in \[0, 1\], got nan"),
+        ([[0.5], [None]], "candidate 1: scores must be numbers in .* got None"),
+        ([[0.5], [2.0]], "candidate 1: scores must be numbers in .* got 2.0"),
+    ],
+)
+def test_errors_of_best_of_n(scores, message):
+    with pytest.raises(ValueError, match=message):
+        best_of_n_metrics([True, False], scores, ["q", "q"])
 
 
 CORRECT_STEPS, INCORRECT_STEPS = np.array(list(VISUALPROCESSBENCH_STEPS.values())).T

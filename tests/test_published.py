@@ -1,6 +1,7 @@
 """Published formats, each on a tiny model in that very format: the prompt spelled out, positions, and scores by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from trl_mprm import ProcessRewardModel, StepFormat
 from trl_mprm.modeling import load_model, load_processing_class
-from trl_mprm.published import CHECKPOINTS, PUBLISHED, VISUALPRM_SYSTEM, VL_PRM_SYSTEM, published_format
+from trl_mprm.published import (
+    CHECKPOINTS,
+    INTERNVL_SYSTEM,
+    PUBLISHED,
+    VISUALPRM_SYSTEM,
+    VL_PRM_SYSTEM,
+    published_format,
+)
 from trl_mprm.rendering import render_rows, tokenizer_of
 from trl_mprm.tiny import tiny_model
 
@@ -19,7 +27,8 @@ STEPS = ["A is red.", "So one."]
 # Where a step is read, after the token: ▲
 EXPECTED = {
     "mm-prm": (
-        "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<img><IMG_CONTEXT></img>\n"
+        f"<|im_start|>system\n{INTERNVL_SYSTEM}<|im_end|>\n"
+        "<|im_start|>user\n<|im_start|>assistant\n<img><IMG_CONTEXT></img>\n"
         "Question: How many?\nProcess: A is red.<prm>▲So one.<prm>▲<|im_end|>\n"
     ),
     "math-shepherd": "How many? A is red. ки▲\nSo one. ки▲",
@@ -60,6 +69,7 @@ def folder(request, tiny_folders, tmp_path):
         model, processing_class = load_model(source), load_processing_class(source, name in ARCHITECTURE)
         tokenizer_of(processing_class).add_tokens(["<prm>"], special_tokens=True)
         model.resize_token_embeddings(len(tokenizer_of(processing_class)))
+        model.config.get_text_config().max_position_embeddings = 4096  # a letter is a token: the prompts are long
         model.save_pretrained(tmp_path)
         processing_class.save_pretrained(tmp_path)
         return name, tmp_path
@@ -228,6 +238,18 @@ def test_bad_input(folder, tiny_folders, tmp_path):
         ProcessRewardModel.from_pretrained(path, step_format="skywork")
     with pytest.raises(ValueError, match="already saved"):
         prm.save_pretrained(tmp_path / "again")
+    for name, marker in (("mm-prm", "<prm>"), ("qwen2.5-math-prm", "<extra_0>")):
+        with pytest.raises(
+            ValueError, match=f"the tokenizer has no marker token '{marker}': name the step_format that"
+        ):
+            PUBLISHED[name].ids(AutoTokenizer.from_pretrained(tiny_folders["qwen2"]))
+    for name in ("math-shepherd", "rlhflow", "skywork"):
+        base = ProcessRewardModel.from_pretrained(
+            tiny_folders["internvl"], step_format=replace(PUBLISHED[name], head=None)
+        )
+        with pytest.raises(ValueError, match="row 0: .*images came with a format that reads no images: remove"):
+            base.score([picture("red")], "q", ["a"])
+        assert not base.reads_images
     rlhflow = ProcessRewardModel.from_pretrained(tiny_folders["qwen2"], step_format="rlhflow")
     rlhflow.processing_class.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
 
 from trl_mprm.modeling import add_marker, load_model, load_processing_class
-from trl_mprm.rendering import render_batch, tokenizer_of
+from trl_mprm.rendering import open_image, render_batch, tokenizer_of
 from trl_mprm.step_format import StepFormat
 from trl_mprm.tiny import tiny_tokenizer
 
@@ -97,6 +98,35 @@ def test_bad_rows_are_named(tiny_folders, tmp_path):
     (tmp_path / "half.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(ValueError, match="row x:0: cannot read image .*half.png"):
         render_batch([{**good, "images": [tmp_path / "half.png"]}], processor(tiny_folders["internvl"]), FORMAT)
+
+
+def test_pictures_that_cannot_be_opened(tmp_path):
+    picture("red").save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    for image in (
+        tmp_path / "whole.png",
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": tmp_path / "whole.png"},
+    ):
+        assert open_image(image).tobytes() == picture("red").tobytes()
+    for image, message in (
+        (tmp_path / "none.png", "cannot read image .*none.png: .*No such file"),
+        (tmp_path / "half.png", "cannot read image .*half.png: "),
+        (Image.open(tmp_path / "half.png"), "cannot read image .*: "),
+        ("\0", "cannot read image .*: embedded null"),
+        ({"bytes": None, "path": str(tmp_path / "none.png")}, "cannot read image .*none.png: .*No such file"),
+        ({"bytes": data[:99], "path": None}, "cannot read image in memory: "),
+        ({"bytes": b"", "path": "a.png"}, "cannot read image a.png: "),
+        ({"bytes": None, "path": None}, "image is {'bytes': None, 'path': None}, expected a PIL image, a path, or"),
+        ({}, "image is {}, expected"),
+        (None, "image is None, expected a PIL image, a path, or a dict of its `bytes` or `path`"),
+        (3, "image is 3, expected"),
+        (data, "image is b.*, expected"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            open_image(image)
+        assert len(str(error.value)) < 300
 
 
 def test_format_is_saved_beside_the_weights(tmp_path):

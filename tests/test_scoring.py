@@ -8,15 +8,17 @@ from conftest import make_rows, picture
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2Config
 from transformers.cache_utils import LinearAttentionLayer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_mprm import ProcessRewardModel, StepFormat
 from trl_mprm.modeling import add_marker, load_model, load_processing_class
-from trl_mprm.rendering import render_rows
-from trl_mprm.shared_prefix import can_share_prefix, shared_length
-from trl_mprm.tiny import BUILDERS
+from trl_mprm.published import PUBLISHED
+from trl_mprm.rendering import render_rows, tokenizer_of
+from trl_mprm.scoring import _tokens_read
+from trl_mprm.shared_prefix import _Read, can_share_prefix, shared_length
+from trl_mprm.tiny import BUILDERS, tiny_tokenizer
 
 
 TEXT_MODELS = ("qwen2", "llama")
@@ -79,7 +81,7 @@ def test_shared_prefix_of_an_adapter(tiny_folders):
     assert largest_difference(prm.score_batch(rows), prm.score_batch(rows, share_prefix=False)) < 1e-6
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "internvl", "idefics3"])
+@pytest.mark.parametrize("architecture", BUILDERS)
 def test_images_are_encoded_once_and_prefix_tokens_run_once(architecture, tiny_folders):
     prm = load(tiny_folders, architecture)
     images = [picture("red"), picture("blue", (84, 28))]
@@ -151,6 +153,26 @@ def test_max_batch_tokens_bounds_every_forward(tiny_folders):
     assert all(n_rows == 1 for n_rows, _ in passes)  # what is longer than the bound runs alone
 
 
+def test_max_batch_tokens_counts_an_eighth_of_the_prefix(tiny_folders, monkeypatch):
+    """Short answers behind a long prefix, which stands in memory once a row while a layer runs."""
+    prm, seen, update = load(tiny_folders, "qwen2"), [], _Read.update
+
+    def recorded(self, keys, values, *args, **kwargs):
+        joined = update(self, keys, values, *args, **kwargs)
+        seen.append((len(keys), keys.shape[-2], joined[0].shape[-2] - keys.shape[-2]))
+        return joined
+
+    monkeypatch.setattr(_Read, "update", recorded)
+    rows = [{"prompt": "long " * 80, "completions": [f"{index:02d}"]} for index in range(40)]
+    shared = prm.score_batch(rows, max_batch_tokens=600)
+    assert min(prefix for _, _, prefix in seen) > 400
+    assert all(n_rows * (own + prefix / 8) <= 600 for n_rows, own, prefix in seen)
+    assert max(n_rows for n_rows, _, _ in seen) == 600 // (max(own for _, own, _ in seen) + seen[0][2] / 8) > 4
+    assert largest_difference(shared, prm.score_batch(rows[:3], share_prefix=False) + shared[3:]) < 1e-6
+    # The shapes of recipes/bench/score.py run whole, or in two.
+    assert 16384 // (220 + 1630 / 8) >= 32
+
+
 def test_pictures_in_memory_share_by_their_pixels(tiny_folders, tmp_path):
     prm = load(tiny_folders, "internvl")
     picture("red").save(tmp_path / "red.png")
@@ -212,10 +234,64 @@ def test_best_of_n(tiny_folders):
     ],
 )
 def test_bad_candidates(candidates, kwargs, message, tiny_folders):
-    prm = load(tiny_folders, "qwen2")
-    prm.processing_class.model_max_length = 512
     with pytest.raises(ValueError, match=message):
-        prm.best_of_n([], "q", candidates, **kwargs)
+        load(tiny_folders, "qwen2").best_of_n([], "q", candidates, **kwargs)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "internvl"])
+def test_how_many_tokens_a_model_reads(architecture, tiny_folders):
+    prm = load(tiny_folders, architecture)
+    long = ["word " * 110]
+    with pytest.raises(ValueError, match=r"row 0 has 5\d\d tokens and this model reads 512: shorten the solution"):
+        prm.score([], "q", long)
+    prm.model.config.get_text_config().rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
+    assert len(prm.score([], "q", long)) == 1
+    prm.processing_class = tokenizer_of(prm.processing_class)
+    prm.processing_class.model_max_length = 300
+    with pytest.raises(ValueError, match="this model reads 300"):
+        prm.score([], "q", long)
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "expected"),
+    [
+        (512, {"rope_type": "default"}, 512),
+        (512, {"rope_type": "linear", "factor": 2.0}, 1024),
+        # Qwen2.5 with YaRN as its card says, and Llama 3.1, whose positions are those of the scaled model.
+        (512, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        (2048, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+    ],
+)
+def test_rope_scaling_extends_what_a_model_reads(positions, rope, expected):
+    config = Qwen2Config(max_position_embeddings=positions, rope_parameters={"rope_theta": 1e4, **rope})
+    assert _tokens_read(config, tiny_tokenizer("qwen2")) == expected
+
+
+def test_what_is_no_list_of_steps(tiny_folders):
+    prm = load(tiny_folders, "qwen2")
+    for steps in ("abc", None, 3):
+        with pytest.raises(ValueError, match=f"row 0: `completions` is {steps!r}, expected a list of steps: split"):
+            prm.score([], "q", steps)
+    with pytest.raises(ValueError, match="`candidates` is one string, expected a list of solutions"):
+        prm.best_of_n([], "q", "abc", split="blank_line")
+    with pytest.raises(ValueError, match="row candidate 1: `completions` is None, expected a list of steps"):
+        prm.best_of_n([], "q", [["a"], None])
+    for row, missing in (({"prompt": "q"}, "completions"), ({"completions": ["a"]}, "prompt")):
+        with pytest.raises(ValueError, match=f"row 1: no `{missing}`, expected `prompt`, `completions` and optional"):
+            prm.score_batch([{"prompt": "q", "completions": ["a"]}, row])
+
+
+def test_text_that_is_no_unicode(tiny_folders):
+    prm = load(tiny_folders, "qwen2")
+    with pytest.raises(
+        ValueError, match=r"row 0: step 1 holds a lone surrogate \('.udcff'\), which no tokenizer reads"
+    ):
+        prm.score([], "q", ["a", "a\udcff"])
+    with pytest.raises(ValueError, match="row 0: the prompt holds a lone surrogate"):
+        prm.score([], "a\udcff", ["a"])
+    rlhflow = ProcessRewardModel(prm.model, prm.processing_class, PUBLISHED["rlhflow"])
+    with pytest.raises(ValueError, match="row 0: step 0 holds a lone surrogate"):
+        rlhflow.score([], "q", ["\udcff"])
 
 
 def test_bad_pictures(tiny_folders):
@@ -224,10 +300,15 @@ def test_bad_pictures(tiny_folders):
     prm = load(tiny_folders, "qwen2_5_vl")
     with pytest.raises(ValueError, match="`images` is one Image, expected a list"):
         prm.score_batch([{"images": picture("red"), "prompt": "q", "completions": ["a"]}])
-    message = "Number of images provided|number of images"
+    message = r"row 0: Number of images provided \(1\) does not match .* \(2\): give `images` one picture for each"
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "q"}]}]
     with pytest.raises(ValueError, match=message):
         prm.score_batch([{"images": [picture("red")], "prompt": prompt, "completions": ["a"]}])
+    with pytest.raises(ValueError, match="row 0: .*aspect ratio"):  # the processor's own words
+        prm.score([picture("red", (1, 4000))], "q", ["a"])
+    for image in (None, 3, {"bytes": None, "path": None}, {}):
+        with pytest.raises(ValueError, match="row 0: image is .*, expected a PIL image, a path, or a dict"):
+            prm.score([image], "q", ["a"])
 
 
 def test_reward_function_takes_what_trl_hands_over(tiny_folders):
@@ -243,6 +324,8 @@ def test_reward_function_takes_what_trl_hands_over(tiny_folders):
     assert chat == [pytest.approx(plain[0], abs=1e-6)]
     assert reward(prompts=["q"], completions=["a"]) == [pytest.approx(prm.score([], "q", ["a"])[0], abs=1e-6)]
     assert reward.__name__ == "process_reward"
+    with pytest.raises(ValueError, match="2 prompts came with images for 1: expected as many"):
+        reward(prompts=["q", "q"], completions=["a", "b"], images=[[image]])
     with pytest.raises(ValueError, match="by is 'lines'"):
         prm.as_reward_func(split="lines")
 

@@ -20,6 +20,8 @@ from trl_mprm.splitting import split_steps
         ("Final answer: 2", ["Final answer: 2"]),
         ("The answer depends on x.\n\nSo x = 2.", ["The answer depends on x.", "So x = 2."]),
         ("Answers differ.", ["Answers differ."]),
+        ("one\n\ntwo\n**Final Answer**\n\\boxed{2}", ["one", "two", "**Final Answer**\n\\boxed{2}"]),
+        ("The answer is near.\nAnswer: 2\n\nAs said.", ["The answer is near.\nAnswer: 2", "As said."]),
     ],
 )
 def test_blank_lines(text, steps):
@@ -35,6 +37,16 @@ def test_blank_lines(text, steps):
         ("### Step 1\na\n**Step 2:** b\nAnswer: 4", ["### Step 1\na", "**Step 2:** b", "Answer: 4"]),
         ("1.5 is less than\n2.5 which is a number", ["1.5 is less than\n2.5 which is a number"]),
         ("no number at all\n\nnone", ["no number at all\n\nnone"]),
+        # The answer begins a step wherever it stands in the last one, and keeps what comes after it.
+        ("Step 1: a\nFinal answer: 2\nI hope it helps.", ["Step 1: a", "Final answer: 2\nI hope it helps."]),
+        ("Step 1: a\n\n**Final Answer**\n\\boxed{3}", ["Step 1: a", "**Final Answer**\n\\boxed{3}"]),
+        ("1. a\n### Answer\n3\n\nDone.", ["1. a", "### Answer\n3\n\nDone."]),
+        ("Step 1: a\nThe final answer is 7.\nDone.", ["Step 1: a", "The final answer is 7.\nDone."]),
+        ("Step 1: a\nThe answer depends on x.\nb", ["Step 1: a\nThe answer depends on x.\nb"]),
+        ("Answer: let us see.\nStep 1: a\nStep 2: b", ["Answer: let us see.\nStep 1: a", "Step 2: b"]),
+        ("Step1: a\nSTEP2: b", ["Step1: a", "STEP2: b"]),
+        ("Step 1: a\n1. b\n2. c\nStep 2: d", ["Step 1: a\n1. b\n2. c", "Step 2: d"]),
+        ("Known:\n1. b\n2. c\nStep 1: a", ["Known:\n1. b\n2. c\nStep 1: a"]),
     ],
 )
 def test_numbered(text, steps):

@@ -449,6 +449,9 @@ def _images(names: list, finder: ImageFinder) -> list[str]:
 
 def _images_named(tags: list[str]) -> int:
     """How many images `<image>` and `<imageN>` tags of a question ask for."""
+    if any(len(tag) > 9 for tag in tags):
+        longest = max(tags, key=len)
+        raise _Refused("bad_field", f"question: expected the number of an image, got <image{longest:.9}...>")
     return max([tags.count(""), *(int(tag) for tag in tags if tag)])
 
 

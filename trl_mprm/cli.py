@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--report", metavar="FILE", help="also draw the selection on a page, FILE.html")
     command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
     command.add_argument("--rule", default="bis", choices=["bis", "random", "mixed", "reliable", "low_mc"])
-    command.add_argument("--fraction", type=float, default=0.1, help="share kept of each source")
+    command.add_argument("--fraction", type=float, default=0.1, help="share kept")
+    command.add_argument("--by", default="source", choices=["source", "corpus"], help="of each source, or of all rows")
     command.add_argument("--alpha", type=float, default=0.05, help="of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%")
     command.add_argument("--ties", default="first", choices=["first", "hash"], help="first in the file, or by hash")
     command.add_argument("--seed", type=int, default=0, help="of the rule `random` and of the hash")
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--threshold", type=_threshold, help="held_out, oracle, or a number; default: held_out, 0.5 for the text ones"
     )
-    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--batch-size", type=_positive, default=8)
     command.add_argument("--output", help="folder for scores and reports; a run that was interrupted continues there")
     command.add_argument("--compare", help="scores.jsonl of another model: test whether the two differ")
     command.add_argument("--update-card", action="store_true", help="write the results into the card of a local model")
@@ -139,7 +140,18 @@ def _add_model(command: argparse.ArgumentParser, flag: bool = False) -> None:
 
 
 def _threshold(text: str) -> str | float:
-    return text if text in ("held_out", "oracle") else float(text)
+    if text in ("held_out", "oracle"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected held_out, oracle or a number, got {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _print_table(rows: list[list]) -> None:
@@ -164,6 +176,7 @@ def select(args: argparse.Namespace) -> int:
         alpha=args.alpha,
         ties=args.ties,
         seed=args.seed,
+        by=args.by,
         image_root=args.image_root,
         drop_answer_step=args.drop_answer_step,
         strict=args.strict,
@@ -195,6 +208,7 @@ def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:
         alpha=args.alpha,
         ties=args.ties,
         seed=args.seed,
+        by=args.by,
         image_root=args.image_root,
         drop_answer_step=args.drop_answer_step,
         engine=args.engine,
@@ -362,6 +376,8 @@ def evaluate(args: argparse.Namespace) -> int:
     for flag, value in (("--compare", args.compare), ("--update-card", args.update_card)):
         if value and not args.output:
             raise ValueError(f"{flag} needs a folder for the results: set --output")
+    if args.output and Path(args.output).is_file():
+        raise ValueError(f"--output {args.output} is a file, expected a folder for scores and reports")
     state = PartialState(timeout=timedelta(days=1))  # a process waits as long as another downloads or scores
     with state.main_process_first():  # one download for all processes
         benchmark = load_benchmark(args.benchmark, args.data, args.image_root)

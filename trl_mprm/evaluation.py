@@ -104,10 +104,17 @@ def evaluate_model(
     """
     from accelerate import PartialState
 
+    from .scoring import ProcessRewardModel
+
     benchmark = benchmark if isinstance(benchmark, Benchmark) else read_benchmark(benchmark)
     items = benchmark.items
     # A dry run with scores of 0.5: what cannot be measured fails here, not after hours of scoring.
     _measure([{**item, "scores": [0.5] * len(item["labels"])} for item in items], threshold, n_resamples=0)
+    if isinstance(model, ProcessRewardModel) and not model.reads_images and all(item["images"] for item in items):
+        raise ValueError(
+            f"all {len(items)} items have images, and this model, or its step_format, reads none: "
+            "use a vision-language model, or a benchmark of text (processbench, prmbench)"
+        )
     folder = None if output_dir is None else Path(output_dir)
     records = score_items(model, items, batch_size, folder)
     failed = [{"id": record["id"], "error": record["error"]} for record in records if record["scores"] is None]
@@ -198,16 +205,16 @@ def _chunks(items: Sequence[dict[str, Any]], batch_size: int) -> Iterator[list[d
 
 def _score_chunk(model: "ProcessRewardModel", chunk: list[dict], batch_size: int) -> list[list[float] | str]:
     """Scores of each item, or its error: a chunk that cannot be scored is halved until the bad item stands alone."""
-    import torch
-
     rows = [
         {**{key: item[key] for key in ("images", "prompt", "completions")}, "rollout_id": item["id"]} for item in chunk
     ]
     try:
         scores = model.score_batch(rows, batch_size=batch_size)
-    except (ValueError, OSError, SyntaxError, torch.OutOfMemoryError) as error:  # SyntaxError: Pillow's broken PNG
+    except Exception as error:  # whatever one item brings about, memory running out too, the others are scored
         if len(chunk) == 1:
-            return [" ".join(str(error).split()) or type(error).__name__]
+            text = " ".join(str(error).split())
+            plain = text and isinstance(error, ValueError | OSError)
+            return [text if plain else f"{type(error).__name__}: {text}".rstrip(": ")]
         half = len(chunk) // 2
         return [outcome for part in (chunk[:half], chunk[half:]) for outcome in _score_chunk(model, part, batch_size)]
     if len(scores) != len(rows):

@@ -218,8 +218,10 @@ def _thumbnail(path: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Text without control characters and overrides of the writing direction, cut where it is very long."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", text).strip()
+    """Text without control characters, overrides of direction and lone surrogates, cut where it is very long."""
+    text = re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text
+    ).strip()
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 

@@ -17,12 +17,11 @@ import os
 import re
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from tqdm.auto import tqdm
@@ -44,6 +43,7 @@ from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 from transformers.utils import is_protobuf_available
 
 from .published import CHECKPOINTS, published_format
+from .scoring import download_model
 
 
 # Native name -> name in the checkpoint. `[q]` marks a part of a fused tensor.
@@ -161,7 +161,11 @@ def convert_internvl_chat(
             model.save_pretrained(whole, max_shard_size="5GB")
             processor.save_pretrained(whole)
             if str(checkpoint) in CHECKPOINTS:
-                published_format(str(checkpoint)).save(whole)
+                step_format = published_format(str(checkpoint))
+                if chat.get("system_message") and step_format.answer is not None:  # VisualPRM; MM-PRM reads its own
+                    system = ("system", chat["system_message"])
+                    step_format = replace(step_format, messages=(system, *step_format.messages[1:]))
+                step_format.save(whole)
             whole.replace(output)
     return {
         "text": type(config.text_config).__name__.removesuffix("Config"),
@@ -177,11 +181,8 @@ def _local(checkpoint: str | os.PathLike) -> Path:
     folder = Path(checkpoint)
     if folder.is_dir():
         return folder
-    try:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]  # neither code nor pickles
-        return Path(snapshot_download(str(checkpoint), allow_patterns=patterns))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{checkpoint}: no such folder, and no Hub id (org/name)") from error
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]  # neither code nor pickles
+    return download_model(str(checkpoint), allow_patterns=patterns)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -237,6 +237,10 @@ def best_of_n_metrics(
             raise ValueError(f"correct has {len(correct)} candidates, {name} {len(values)}: expected as many")
     if not len(correct):
         raise ValueError("expected at least one candidate, got none")
+    for index, steps in enumerate(scores):
+        if not len(steps):
+            raise ValueError(f"candidate {index} has no scores, expected one a step: leave its question out")
+        _check_scores(f"candidate {index}", steps)
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(str(group), []).append(index)
@@ -575,11 +579,15 @@ def _flatten(labels, scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if label.dtype == bool or not np.isin(label, (1, 0, -1)).all():
             got = sorted(set(label.tolist()), key=str)
             raise ValueError(f"solution {index}: labels must be 1 (correct), 0 (neutral), -1 (incorrect), got {got}")
-        bad = [value for value in score.tolist() if not (isinstance(value, float | int) and 0 <= value <= 1)]
-        if bad:
-            raise ValueError(f"solution {index}: scores must be numbers in [0, 1], got {bad[0]!r}")
+        _check_scores(f"solution {index}", score)
     flat = np.concatenate([np.asarray(values, dtype=np.float64) for values in (*labels, *scores)])
     return *np.split(flat, 2), np.repeat(np.arange(len(labels)), [len(label) for label in labels])
+
+
+def _check_scores(name: str, scores: Sequence[float]) -> None:
+    bad = [value for value in np.asarray(scores).tolist() if not (isinstance(value, float | int) and 0 <= value <= 1)]
+    if bad:
+        raise ValueError(f"{name}: scores must be numbers in [0, 1], got {bad[0]!r}")
 
 
 def _step_counts(counts: np.ndarray, neutral: int) -> dict[str, int]:

@@ -56,16 +56,31 @@ Only respond with "+" or "-". No explanations.
 
 An error in any step invalidates all subsequent steps."""
 
+# OpenGVLab/InternVL, internvl_chat/internvl/conversation.py: the system message of the template "internvl2_5"
+INTERNVL_SYSTEM = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
 PLUS_MINUS = {"reward_tokens": ("+", "-"), "joiner": ""}
 
 PUBLISHED: dict[str, StepFormat] = {
-    # ModalMinds/MM-PRM, eval/prm: an empty user turn, then all in the assistant turn; also the paper's evaluation.
+    # ModalMinds/MM-PRM, `prm` and `batch_prm` of its InternVL (read in github.com/theogbrand/MM-PRM at 3b52c1e): the
+    # template "internvl2_5" with its own system message, an empty user turn, all in the assistant turn; also the
+    # paper's evaluation. An empty turn is written without its end there, hence the role; the training of the same
+    # repository (internvl/train/dataset.py, preprocess_internvl2_5) did write `<|im_end|>` after it. We score as their
+    # evaluation does. That the code beside the weights on the Hub does the same could not be looked up.
     "mm-prm": StepFormat(
-        joiner="", messages=(("user", ""), ("assistant", "<image>\nQuestion: {question}\nProcess: {steps}"))
+        joiner="",
+        messages=(
+            ("system", INTERNVL_SYSTEM),
+            ("user\n<|im_start|>assistant", "<image>\nQuestion: {question}\nProcess: {steps}"),
+        ),
     ),
     # peiyi9979/math-shepherd-mistral-7b-prm, model card
     "math-shepherd": StepFormat(" ки", ("+", "-"), "\n", messages=(("", "{question} {steps}"),)),
-    # OpenGVLab/InternVL, reasoning_data_pipeline (item2conv_prm); converted by `trl-mprm convert`
+    # OpenGVLab/InternVL, reasoning_data_pipeline (item2conv_prm), as the training data were written. The remote code
+    # takes the system message from the checkpoint's config.json where one is set (`trl-mprm convert` does so too), else
+    # INTERNVL_SYSTEM; which of them config.json of VisualPRM-8B holds could not be looked up.
     "visualprm": StepFormat(
         "",
         **PLUS_MINUS,

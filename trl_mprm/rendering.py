@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,13 @@ def render_prefix_text(row: dict[str, Any], processing_class: ProcessingClass) -
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(processing_class, ProcessorMixin):
-        messages = prepare_multimodal_messages(messages, images_of(row))
+        try:
+            messages = prepare_multimodal_messages(messages, images_of(row))
+        except ValueError as error:  # TRL counts the images
+            raise ValueError(
+                f"{str(error).rstrip('.')}: give `images` one picture for each image in `prompt`, "
+                "or write `prompt` as text"
+            ) from error
     elif images_of(row):
         raise ValueError(
             f"{len(row['images'])} images came with a text-only model: use a vision-language model, "
@@ -101,8 +107,9 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -> None:
-    """Raise `ValueError` where a question contains one of the tokens `forbidden`."""
+    """Raise `ValueError` where a question is not Unicode or contains one of the tokens `forbidden`."""
     text = prompt_text(prompt)
+    _check_unicode("the prompt", text)
     for token in forbidden:
         if token in text:
             raise ValueError(
@@ -123,18 +130,19 @@ def open_image(image: Image.Image | str | os.PathLike | dict[str, Any]) -> Image
     """
     Take an image in RGB as it is, or open a path or what an undecoded column holds (`{"bytes", "path"}`).
 
-    Raises `ValueError` where the file is not a whole image.
+    Raises `ValueError` where there is none, or the file is not a whole image.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
+    source, name = image, image
+    if isinstance(image, dict):
+        data, name = image.get("bytes"), image.get("path") or "in memory"
+        source = image.get("path") if data is None else data
+        source = io.BytesIO(source) if isinstance(source, bytes) else source
+    if not isinstance(source, Image.Image | str | os.PathLike | io.BytesIO):
+        raise ValueError(f"image is {image!r:.80}, expected a PIL image, a path, or a dict of its `bytes` or `path`")
     try:
-        if isinstance(image, dict):
-            return Image.open(image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])).convert(
-                "RGB"
-            )
-        return Image.open(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow: SyntaxError for a broken PNG
-        raise ValueError(f"cannot read image {image}: {error}") from error
+        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+    except Exception as error:  # Pillow: whatever a decoder meets in a broken file, SyntaxError in a broken PNG
+        raise ValueError(f"cannot read image {name}: {error}") from error
 
 
 def render_prefixes(rows: Sequence[dict[str, Any]], processing_class: ProcessingClass) -> tuple[list[dict], dict]:
@@ -148,12 +156,13 @@ def render_prefixes(rows: Sequence[dict[str, Any]], processing_class: Processing
     forbidden = special_tokens(tokenizer_of(processing_class))
     texts, images = [], []
     for index, row in enumerate(rows):
-        with _naming(row, index):
+        with naming(row, index):
             check_prompt(row["prompt"], forbidden)
             texts.append(render_prefix_text(row, processing_class))
             images.append([open_image(image) for image in images_of(row)])
     # A chat template writes the tokenizer's own first token; plain text needs it added.
-    return _encode(texts, images, processing_class, special=processing_class.chat_template is None)
+    with naming(rows[0], 0) if len(rows) == 1 else nullcontext():  # a picture that the processor refuses
+        return _encode(texts, images, processing_class, special=processing_class.chat_template is None)
 
 
 def _encode(
@@ -218,8 +227,18 @@ def _check_steps(completions: Sequence[str]) -> None:
     for number, step in enumerate(completions):
         if not isinstance(step, str) or not step.strip():
             raise ValueError(f"step {number} is {step!r}, expected text: remove the empty step and its label")
+        _check_unicode(f"step {number}", step)
     if not completions:
         raise ValueError("`completions` is empty, expected at least one step: remove the row")
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds a lone surrogate ({text[error.start]!r}), which no tokenizer reads: give it in UTF-8"
+        ) from error
 
 
 def render_rows(
@@ -247,7 +266,7 @@ def render_rows(
     rendered = []
     for index, row in enumerate(rows):
         prefix = prefixes[0 if same_prompt else index]
-        with _naming(row, index):
+        with naming(row, index):
             tokens, positions = render_steps(row["completions"], tokenizer, ids)
         rendered.append(_joined(prefix, tokens, positions))
     return rendered, image_tensors
@@ -304,7 +323,7 @@ def render_batch(
 
 
 @contextmanager
-def _naming(row: dict[str, Any], index: int) -> Iterator[None]:
+def naming(row: dict[str, Any], index: int) -> Iterator[None]:
     """Name the row in the errors raised inside."""
     try:
         yield
@@ -347,6 +366,8 @@ def conversation_text(
     images = len(images_of(row))
     if images and not isinstance(processing_class, ProcessorMixin):
         raise ValueError(f"{images} images came with a text-only model: remove the `images` column")
+    if images and not step_format.reads_images:
+        raise ValueError(f"{images} images came with a format that reads no images: remove the `images` column")
     placeholder = _image_placeholder(processing_class) if images else ""
     values = {
         "<image>\n": (placeholder + "\n") * images,
@@ -417,10 +438,10 @@ def _render_plain_prefixes(
     tokenizer = tokenizer_of(processing_class)
     prefixes = []
     for index, row in enumerate(rows):
-        with _naming(row, index):
+        with naming(row, index):
             check_prompt(row["prompt"], special_tokens(tokenizer))
             if images_of(row):
-                raise ValueError("images came with a format that has none: remove the `images` column")
+                raise ValueError("images came with a format that reads no images: remove the `images` column")
         text = "".join(text for _, text in messages).replace("{question}", prompt_text(row["prompt"]))
         prefixes.append({"input_ids": _first_token(tokenizer) + tokenizer.encode(text, add_special_tokens=False)})
     return prefixes
@@ -445,7 +466,7 @@ def _render_texts(
     tokenizer = tokenizer_of(processing_class)
     texts, cuts, ends = [], [], []
     for index, row in enumerate(rows):
-        with _naming(row, index):
+        with naming(row, index):
             text, row_ends = conversation_text(row, processing_class, step_format)
         token = processing_class.image_token if images_of(row) else ""
         texts.append(text)
@@ -453,10 +474,11 @@ def _render_texts(
         ends.append(row_ends)
     images = []
     for index, row in enumerate(prompts):
-        with _naming(row, index):
+        with naming(row, index):
             images.append([open_image(image) for image in images_of(row)])
     heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)][: len(prompts)]
-    prefixes, image_tensors = _encode(heads, images, processing_class, special=False)
+    with naming(prompts[0], 0) if len(prompts) == 1 else nullcontext():
+        prefixes, image_tensors = _encode(heads, images, processing_class, special=False)
     plain = not step_format.messages[0][0]
     rendered = []
     for index, (row, text, cut, row_ends) in enumerate(zip(rows, texts, cuts, ends, strict=True)):

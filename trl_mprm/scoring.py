@@ -12,7 +12,13 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from .distinct_images import encode_distinct_images
 from .loss import concentration
@@ -29,7 +35,17 @@ from .modeling import (
     marker_logits,
 )
 from .published import CHECKPOINTS, published_format
-from .rendering import ProcessingClass, Rendered, pad_batch, prompt_key, render_rows, row_name, texts_of, tokenizer_of
+from .rendering import (
+    ProcessingClass,
+    Rendered,
+    naming,
+    pad_batch,
+    prompt_key,
+    render_rows,
+    row_name,
+    texts_of,
+    tokenizer_of,
+)
 from .shared_prefix import can_share_prefix, prefix_inputs, run_prefix, shared_length, suffix_inputs
 from .splitting import SPLITS, split_steps
 from .step_format import StepFormat
@@ -70,6 +86,11 @@ class ProcessRewardModel:
             encode_distinct_images(base_of(model))
         self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether both the model and the layout of its prompt take images."""
+        return isinstance(self.processing_class, ProcessorMixin) and self.step_format.reads_images
+
     @classmethod
     def from_pretrained(
         cls,
@@ -104,15 +125,8 @@ class ProcessRewardModel:
             step_format = published_format(step_format)
         folder = Path(model_id)
         if not folder.is_dir():
-            try:
-                ignore = ["*.bin", "*.pt", "*.pth", "checkpoint-*/*"]  # pickles are never loaded
-                folder = Path(snapshot_download(str(model_id), revision=revision, ignore_patterns=ignore))
-            except HFValidationError as error:
-                raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
-            except RepositoryNotFoundError as error:
-                raise FileNotFoundError(f"{model_id}: no such folder here, and no such model on the Hub") from error
-            except LocalEntryNotFoundError as error:
-                raise FileNotFoundError(f"{model_id}: no such folder here, and the Hub cannot be reached") from error
+            ignore = ["*.bin", "*.pt", "*.pth", "checkpoint-*/*"]  # pickles are never loaded
+            folder = download_model(str(model_id), revision=revision, ignore_patterns=ignore)
         step_format = step_format or StepFormat.load(folder)
         is_adapter = (folder / "adapter_config.json").is_file()
         if step_format.head is not None and quantization_config is not None:
@@ -182,7 +196,7 @@ class ProcessRewardModel:
         Returns:
             `list[float]`: P(step good) in [0, 1], one a step.
         """
-        row = {"images": images, "prompt": question, "completions": list(steps)}
+        row = {"images": images, "prompt": question, "completions": steps}
         return self.score_batch([row])[0]
 
     def score_batch(
@@ -201,8 +215,10 @@ class ProcessRewardModel:
             batch_size (`int`, *optional*, defaults to `8`):
                 Rows a forward, for rows that share no prefix.
             max_batch_tokens (`int`, *optional*, defaults to `16384`):
-                Tokens a forward at most, padding included, a shared prefix not. A longer row is scored alone. Lower it
-                where memory runs out.
+                Tokens a forward at most, padding included. A row behind a shared prefix counts its own tokens and an
+                eighth of the prefix, whose keys and values each layer repeats for it: they are two hidden sizes wide
+                at most, and what a layer holds of a token that it runs is about sixteen. A longer row is scored alone.
+                Lower it where memory runs out.
             share_prefix (`bool`, *optional*, defaults to `True`):
                 `False` runs every row from its first token, as the proof that both give the same scores does.
 
@@ -237,7 +253,12 @@ class ProcessRewardModel:
         sharing = share_prefix and can_share_prefix(self.model)
         groups: dict[Any, list[int]] = {}
         for index in range(len(rows)):
-            groups.setdefault(prompt_key(rows[index]) if sharing else index, []).append(index)
+            row = {"rollout_id": str(index)} | rows[index]
+            with naming(row, index):
+                if missing := {"prompt", "completions"} - row.keys():
+                    raise ValueError(f"no `{min(missing)}`, expected `prompt`, `completions` and optional `images`")
+                key = prompt_key(row) if sharing else index
+            groups.setdefault(key, []).append(index)
         together = [group for group in groups.values() if len(group) > 1]
         alone = [index for group in groups.values() if len(group) == 1 for index in group]
         chunks = [(self._plain_logits, alone[at : at + batch_size]) for at in range(0, len(alone), batch_size)]
@@ -255,7 +276,7 @@ class ProcessRewardModel:
         self, rows: list[dict[str, Any]], same_prompt: bool = False
     ) -> tuple[list[Rendered], dict[str, torch.Tensor]]:
         rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
-        limit = tokenizer_of(self.processing_class).model_max_length
+        limit = _tokens_read(base_of(self.model).config, tokenizer_of(self.processing_class))
         for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
             if len(tokens.input_ids) > limit:
                 raise ValueError(
@@ -285,7 +306,7 @@ class ProcessRewardModel:
         order = sorted(range(len(rows)), key=lambda index: len(rendered[index].input_ids))
         while order:
             longest = len(rendered[order[-1]].input_ids) - length
-            order, chunk = _split_off(order, max_batch_tokens // longest)
+            order, chunk = _split_off(order, int(max_batch_tokens // (longest + length / 8)))
             tokens, markers = suffix_inputs([rendered[index] for index in chunk], length)
             logits |= zip(chunk, self._forward({"input_ids": tokens}, markers, past_key_values=prefix), strict=True)
         return [logits[index] for index in range(len(rows))]
@@ -326,6 +347,8 @@ class ProcessRewardModel:
             `list[Candidate]`: all candidates, highest score first; equal scores keep their order.
         """
         _check_aggregate(aggregate)
+        if isinstance(candidates, str):
+            raise ValueError("`candidates` is one string, expected a list of solutions: write candidates=[...]")
         if not candidates:
             raise ValueError("`candidates` is empty, expected at least one solution")
         rows = []
@@ -337,7 +360,7 @@ class ProcessRewardModel:
                         f"split it first, or name a rule (split={' or '.join(map(repr, SPLITS))})"
                     )
                 steps = split_steps(steps, split)
-            rows.append({"images": images, "prompt": question, "completions": list(steps)})
+            rows.append({"images": images, "prompt": question, "completions": steps})
             rows[-1]["rollout_id"] = f"candidate {index}"
         ranking = [
             Candidate(index, AGGREGATES[aggregate](scores), scores)
@@ -376,6 +399,8 @@ class ProcessRewardModel:
             pictures = images
             if images is None and image is not None:
                 pictures = [[] if one is None else [one] for one in image]
+            if pictures is not None and len(pictures) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts came with images for {len(pictures)}: expected as many")
             rows = []
             for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
                 row_images = pictures[index] if pictures is not None else []
@@ -389,6 +414,18 @@ class ProcessRewardModel:
         return process_reward
 
 
+def download_model(model_id: str, **kwargs: Any) -> Path:
+    """A snapshot of a model on the Hub. Raises `FileNotFoundError`, in one line, where there is none."""
+    try:
+        return Path(snapshot_download(model_id, **kwargs))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{model_id}: no such folder here, and no such model on the Hub") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{model_id}: no such folder here, and the Hub cannot be reached") from error
+
+
 def _check_aggregate(aggregate: str) -> None:
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate is {aggregate!r}, expected one of {', '.join(AGGREGATES)}")
@@ -399,6 +436,17 @@ def _said(turns: str | list[dict[str, Any]], role: str) -> str:
     if isinstance(turns, str):
         return turns
     return "\n".join(texts_of([turn for turn in turns if turn["role"] == role]))
+
+
+def _tokens_read(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model reads: as many as its tokenizer allows, and as its positions reach with rope scaling."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)  # a model without positions has none
+    if positions is None:
+        return tokenizer.model_max_length
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or positions)
+    return min(tokenizer.model_max_length, max(positions, int(scaled)))
 
 
 def _split_off(order: list[int], n: int) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ that prefix sixteen times. Here it runs once; then all solutions run side by sid
                                   [B is red.<prm>]              together
     tokens run: P + 16 R instead of 16 (P + R)
 
-The keys and values of the prefix are neither repeated nor kept twice: each layer joins them to those of the solutions
+The keys and values of the prefix are kept once: each layer repeats them for every row, joined to those of the solutions,
 while it runs, and forgets the result. Gradients flow back through them into the prefix.
 """
 

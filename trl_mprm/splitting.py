@@ -12,11 +12,18 @@ import re
 
 
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
-# "Step 1:", "**Step 2.**", "### Step 3", "4. ", "5) " at the beginning of a line.
-NUMBERED = re.compile(r"\n(?=[^\S\n]*(?:#+ *|\*\*)?(?:step +\d+\b|\d+[.)] ))", re.IGNORECASE)
-# The last line, where it states the answer: "Final answer: 2", "**Answer:** B", "†Answer: 3", "The final answer is 7."
-FINAL_ANSWER = re.compile(r"\n(?=[*#†\t ]*+(?:the +)?(?:final +)?answer\b[^\n]*\s*\Z)", re.IGNORECASE)
-SPLITS = {"blank_line": BLANK_LINE, "numbered": NUMBERED}
+# "Step 1:", "**Step 2.**", "### Step3" at the beginning of a line.
+STEP = re.compile(r"\n(?=[^\S\n]*(?:#+ *|\*\*)?step *\d+\b)", re.IGNORECASE)
+# "4. ", "5) " at the beginning of a line.
+ITEM = re.compile(r"\n(?=[^\S\n]*(?:#+ *|\*\*)?\d+[.)] )")
+# A line in the last step that states the answer: "Final answer: 2", "**Answer:** B", "†Answer: 3", "The final answer is
+# 7.", or "**Final Answer**" above it; or the last line, where it begins with "answer" in any way.
+FINAL_ANSWER = re.compile(
+    r"\n(?=[*#†\t ]*+(?:the +)?(?:(?:final +)?answer(?:[*\t ]*[:\n]|\b[^\n]*\s*\Z)|final +answer +is\b))",
+    re.IGNORECASE,
+)
+# By the first of its patterns that a text has: a numbered list within "Step 1:" stays whole.
+SPLITS = {"blank_line": (BLANK_LINE,), "numbered": (STEP, ITEM)}
 
 
 def split_steps(text: str, by: str = "blank_line") -> list[str]:
@@ -28,8 +35,8 @@ def split_steps(text: str, by: str = "blank_line") -> list[str]:
             Text of a solution.
         by (`str`, *optional*, defaults to `"blank_line"`):
             `"blank_line"`: a step is a paragraph, as in VisualPRM400K. `"numbered"`: a step begins with a line such as
-            `Step 2:` or `2.`; text before the first belongs to the first. Either way a last line that states the answer
-            (`Final answer: 2`) is a step of its own.
+            `Step 2:` or, in a text without those, `2.`; text before the first belongs to the first. Either way a line
+            of the last step that states the answer (`Final answer: 2`) begins a step of its own, to the end.
 
     Returns:
         `list[str]`: the steps; empty for a text without any.
@@ -47,8 +54,9 @@ def split_steps(text: str, by: str = "blank_line") -> list[str]:
     if by not in SPLITS:
         raise ValueError(f"by is {by!r}, expected one of {', '.join(SPLITS)}")
     text = "\n" + text.replace("\r\n", "\n").strip()
-    body, *answer = FINAL_ANSWER.split(text, maxsplit=1)
-    steps = [step.strip() for step in SPLITS[by].split(body)]
-    if by == "numbered" and len(steps) > 1 and not NUMBERED.match("\n" + steps[0]):
+    rule = next((rule for rule in SPLITS[by] if rule.search(text)), SPLITS[by][0])
+    steps = [step.strip() for step in rule.split(text)]
+    if by == "numbered" and len(steps) > 1 and not rule.match("\n" + steps[0]):
         steps[:2] = ["\n".join(steps[:2]).strip()]
-    return [step for step in [*steps, *map(str.strip, answer)] if step]
+    steps[-1:] = map(str.strip, FINAL_ANSWER.split(steps[-1], maxsplit=1))
+    return [step for step in steps if step]

@@ -8,6 +8,7 @@ Saved beside the weights as `process_reward_config.json`:
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -63,14 +64,21 @@ class StepFormat:
 
     FILE_NAME = "process_reward_config.json"
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the layout has a place for images."""
+        return self.messages is None or any("<image>" in text for _, text in self.messages)
+
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> StepIds:
         """Look the tokens up. Raises `ValueError` where the tokenizer lacks the marker or splits a reward token."""
         marker = tokenizer.encode(self.marker, add_special_tokens=False) if self.marker else []
-        if self.messages is None and (len(marker) != 1 or marker[0] == tokenizer.unk_token_id):
-            raise ValueError(
-                f"the tokenizer has no marker token {self.marker!r}: train with ProcessRewardTrainer first, "
-                "or name a marker that the tokenizer has"
-            )
+        # Some published markers are plain text (a line end); those in angle brackets are one token each.
+        one_token = self.messages is None or re.fullmatch(r"<\S+>", self.marker)
+        if one_token and (len(marker) != 1 or marker[0] == tokenizer.unk_token_id):
+            do = "train with ProcessRewardTrainer first, or name a marker that the tokenizer has"
+            if self.messages is not None:
+                do = "name the step_format that this checkpoint was trained on"
+            raise ValueError(f"the tokenizer has no marker token {self.marker!r}: {do}")
         joiner = tokenizer.encode(self.joiner, add_special_tokens=False) if self.joiner else []
         if self.head is not None:  # the two columns of [`~modeling.StepClassifier`]
             return StepIds(marker, 1, 0, joiner)
