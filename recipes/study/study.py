@@ -126,7 +126,10 @@ def plan() -> list[tuple[str, str, int]]:
     """World, arm and seed of every run, what matters most first."""
     core, more, dear, last = ([("standard", arm) for arm in arms] for arms in (CORE, MORE, DEAR, LAST))
     other_worlds = [(world, arm) for world in WORLDS[1:] for arm in ROBUSTNESS]
-    blocks = (core, SEEDS), (more, SEEDS), (other_worlds, FEWER_SEEDS), (dear, FEWER_SEEDS), (last, FEWER_SEEDS)
+    blocks = [(core, SEEDS)]
+    for seeds in (FEWER_SEEDS[:2], FEWER_SEEDS[2:]):  # some seeds of everything before more seeds of anything
+        blocks += [(more, seeds), (other_worlds, seeds), (dear, seeds)]
+    blocks += [(more, SEEDS[len(FEWER_SEEDS) :]), (last, FEWER_SEEDS)]
     return [(world, arm, seed) for block, seeds in blocks for seed in seeds for world, arm in block]
 
 
