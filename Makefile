@@ -14,8 +14,9 @@ demo: install
 study: install
 	$(BIN)/python recipes/study/study.py
 
+# make test            everything, two test files at once, one thread each
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

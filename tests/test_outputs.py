@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler
@@ -76,15 +77,16 @@ def test_save_to_disk(corpus, tmp_path, capsys):
 
 
 def test_what_killed_runs_left_is_removed_and_what_others_use_is_not(corpus, tmp_path):
-    (tmp_path / "out").mkdir()
+    out = tmp_path / "out"
+    for name in ("dead", "empty", "alive"):  # empty: killed while it cleaned up
+        (out / f".select.{name}.part").mkdir(parents=True)
     for name in ("dead", "alive"):
-        (tmp_path / "out" / f".select.{name}.part").mkdir()
-        (tmp_path / "out" / f".select.{name}.part" / "lock").touch()
-        (tmp_path / "out" / f".select.{name}.part" / "0.kept").touch()
-    with open(tmp_path / "out" / ".select.alive.part" / "lock", "r+b") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        select_files(corpus, tmp_path / "out" / "kept.jsonl", fraction=0.5)
-    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".select.alive.part"]
+        (out / f".select.{name}.part" / "0.kept").touch()
+    handle = os.open(out / ".select.alive.part", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    select_files(corpus, out / "kept.jsonl", fraction=0.5)
+    os.close(handle)
+    assert [path.name for path in out.glob(".*")] == [".select.alive.part"]
 
 
 def test_no_report_of_an_earlier_run_stands_beside_other_rows(corpus, tmp_path, monkeypatch):

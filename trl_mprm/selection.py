@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
@@ -305,18 +305,26 @@ def select_files(
 @contextmanager
 def _work_folder(folder: Path) -> Iterator[Path]:
     """
-    A hidden folder for the parts, deleted at the end. A file in it is locked while this process lives; a folder whose
-    lock is free is of a run that was killed, and is deleted here.
+    A hidden folder for the parts, deleted at the end. It is locked while this process lives; one whose lock is free is
+    of a run that was killed, and is deleted here.
     """
-    for lock in folder.glob(".select.*.part/lock"):
-        with suppress(OSError), open(lock, "r+b") as file:  # locked, or no locks on this file system: leave it
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent)
-    with tempfile.TemporaryDirectory(prefix=".select.", suffix=".part", dir=folder) as name:
-        with open(Path(name, "lock"), "wb") as file:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield Path(name)
+    for left in folder.glob(".select.*.part"):
+        with suppress(OSError), _locked(left):  # in use, or no locks on this file system: leave it
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=".select.", suffix=".part", dir=folder) as name, ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked(Path(name)))
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
