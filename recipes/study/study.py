@@ -221,10 +221,20 @@ def data_name(world: str, seed: int) -> str:
     return f"{'standard' if world == 'weaker base' else world}-{seed}".replace(" ", "-")
 
 
+def record_path(output_dir: Path, task: tuple[str, str, int]) -> Path:
+    name = "-".join(map(str, task)).replace(" ", "-").replace("/", "_")
+    return output_dir / "records" / f"{name}.json"
+
+
+def take_records(results: Path, output_dir: Path) -> None:
+    """The records of an earlier run, as its report keeps them."""
+    for run in json.loads(results.read_text(encoding="utf-8"))["runs"]:
+        write_json(run, record_path(output_dir, (run["world"], run["arm"], run["seed"])))
+
+
 def run_all(output_dir: Path, tasks: list[tuple[str, str, int]], settings: Settings = DEMO) -> None:
     """Every task (world, arm, seed) that has no record yet."""
-    records = {task: output_dir / "records" / f"{'-'.join(map(str, task))}.json".replace(" ", "-").replace("/", "_")
-               for task in tasks}  # fmt: skip
+    records = {task: record_path(output_dir, task) for task in tasks}
     left = {task: record for task, record in records.items() if not record.is_file()}
     print(f"{len(records) - len(left)} of {len(records)} runs are done")
     (output_dir / "records").mkdir(parents=True, exist_ok=True)
@@ -269,7 +279,12 @@ def read_records(output_dir: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs and of the report")
+    parser.add_argument("--take", type=Path, help="results.json of an earlier run: what it has is not run again")
+    parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     arguments = parser.parse_args()
-    run_all(arguments.output, plan())
+    if arguments.take:
+        take_records(arguments.take, arguments.output)
+    if not arguments.report:
+        run_all(arguments.output, plan())
     write_json(read_records(arguments.output), arguments.output / "results.json")
     write_report(arguments.output)
