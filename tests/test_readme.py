@@ -1,6 +1,7 @@
 """The README quotes the kept run, word by word."""
 
 import json
+import re
 from pathlib import Path
 
 
@@ -25,3 +26,11 @@ def test_every_file_of_the_package_is_in_the_tree():
     tree = (ROOT / "README.md").read_text()
     for file in (ROOT / "trl_mprm").glob("[!_]*.py"):
         assert f"  {file.name} " in tree
+
+
+def test_the_study_is_quoted_as_its_table_says():
+    section = (ROOT / "README.md").read_text().split("### The study")[1].split("\n## ")[0]
+    table = (ROOT / "recipes" / "study" / "table.md").read_text()
+    quoted = re.findall(r"([+-][\d.]+)(?: points F1 | AUC | )\(([+-][\d.]+) to ([+-][\d.]+)\)", section)
+    assert len(quoted) == 4
+    assert all(f"{mean} ({low} to {high})" in table for mean, low, high in quoted)

@@ -209,6 +209,7 @@ def bars(axes: plt.Axes, study: Study, arms: list[str], names: list[str], colour
             axes.errorbar(x, f1["mean"], f1["high"] - f1["mean"], color=colour, capsize=4)
         axes.scatter(np.full(len(values), x) + np.linspace(-0.15, 0.15, len(values)), values, 12, colour, zorder=3)
     axes.set_xticks(range(len(arms)), names)
+    axes.set_xlim(-0.6, len(arms) - 0.4)  # room for what was not run
 
 
 def paper_bars(axes: plt.Axes, arms: list[str], names: list[str], colours: list[str], backbone: str) -> None:
