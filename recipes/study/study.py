@@ -1,7 +1,7 @@
 """
 The paper's 10% study in miniature: which subset of Monte-Carlo-annotated rollouts trains the best process reward model?
 
-Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, about two hours on two cores; a run
+Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, about three hours on two cores; a run
 that is stopped goes on where it was when the command is given again.
 
 A run is an arm (which rows, which labels, how often) in a world (the noise, the policy, the base) with a seed, which
@@ -11,7 +11,7 @@ draws data, benchmark, selection, order and fresh weights:
 
 World, base, sizes and hyper-parameters are `trl_mprm/demo/settings.py`: calibrated on seeds 101 to 107 without a look at
 BIS, frozen, and measured for the demo on seeds 11 to 15. The arms, worlds and seeds below were written before the first
-of their runs; nothing had seen seeds 21 to 25.
+of their runs; nothing was chosen on seeds 21 to 25.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from trl_mprm.rendering import render_rows
 
 
 SEEDS = (21, 22, 23, 24, 25)
-FEWER_SEEDS = SEEDS[:3]  # of the dearest arms and of the other worlds, to stay within two hours
+FEWER_SEEDS = SEEDS[:3]  # of the dearest arms and of the other worlds, for time
 WEAKER_BASE_UPDATES = 1000  # half of the base's own
 
 
