@@ -48,7 +48,6 @@ from trl_mprm.rendering import render_rows
 
 
 SEEDS = (21, 22, 23, 24, 25)
-FEWER_SEEDS = SEEDS[:3]  # of the dearest arms and of the other worlds, for time
 WEAKER_BASE_UPDATES = 1000  # half of the base's own
 
 
@@ -127,9 +126,8 @@ def plan() -> list[tuple[str, str, int]]:
     core, more, dear, last = ([("standard", arm) for arm in arms] for arms in (CORE, MORE, DEAR, LAST))
     other_worlds = [(world, arm) for world in WORLDS[1:] for arm in ROBUSTNESS]
     blocks = [(core, SEEDS)]
-    for seeds in (FEWER_SEEDS[:2], FEWER_SEEDS[2:]):  # some seeds of everything before more seeds of anything
-        blocks += [(more, seeds), (other_worlds, seeds), (dear, seeds)]
-    blocks += [(more, SEEDS[len(FEWER_SEEDS) :]), (last, FEWER_SEEDS)]
+    for seeds in (SEEDS[:2], SEEDS[2:]):  # some seeds of everything before more seeds of anything
+        blocks += [(block, seeds) for block in (more, other_worlds, dear, last)]
     return [(world, arm, seed) for block, seeds in blocks for seed in seeds for world, arm in block]
 
 
