@@ -155,6 +155,12 @@ def test_kept_cards_are_renderings_of_their_records(record):
     assert record.with_suffix(".md").read_text() == str(render_card(read_record(record)))
 
 
+def test_a_name_of_a_source_cannot_break_the_table_of_a_card():
+    record = read_record(KEPT / "miniature-mprm-bis10.json")
+    record["selection"]["sources"] = {"a|b\n\n# c": record["selection"]["sources"]["sum"]}
+    assert "\n| a\\|b  # c | 5152 |" in str(render_card(record))
+
+
 def test_every_kept_card_has_a_record():
     names = {path.stem for path in KEPT.glob("*.md")} - {"README"}
     assert names == {path.stem for path in KEPT.glob("*.json")} and len(names) == 5
