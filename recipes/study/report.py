@@ -283,7 +283,7 @@ def draw_labels(study: Study, path: Path) -> None:
     }
     both = alphas | wide
     bars(panels[2], study, list(both.values()), list(both), [GREEN] * len(alphas) + [GREY] * len(wide))
-    panels[2].set(title="ours: BIS-10%, then BIS-25%, by alpha; ties by hash", ylim=YLIM)
+    panels[2].set(title="ours: BIS-10%, BIS-25% by alpha; ties by hash", ylim=YLIM)
     panels[2].tick_params(axis="x", labelsize=7)
     for x, (alpha, row) in enumerate({"0.02": " alpha 0.02", "0.05": "", "0.08": " alpha 0.08"}.items()):
         value = PAPER[f"InternVL2.5-8B BIS-25%{row}"]
