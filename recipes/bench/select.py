@@ -171,12 +171,14 @@ def race(contestants: dict[str, Callable[[Path], object]], repeats: int, root: P
     return seconds, results
 
 
+# VmHWM, not ru_maxrss: on exec that one starts from the peak of the process that started this one.
 PEAK = """
-import resource, sys
+import re, resource, sys
 from trl_mprm.selection import select_files
 select_files(sys.argv[1], sys.argv[2], fraction=0.1, alpha=0.2)
 assert "torch" not in sys.modules
-print(sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+own = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+print(own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
