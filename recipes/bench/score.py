@@ -8,7 +8,7 @@ One picture of `--image-tokens` tokens, N answers of `--answer-tokens` tokens in
 are real; both contestants are `ProcessRewardModel.score_batch`, from the picture to the scores, with `share_prefix` on
 and off, interleaved ABBA. The ideal is the ratio of the tokens, N (P + R) / (P + N R), where P is the prefix.
 The plain one runs batches of eight. FLOPs are counted by torch, not timed, without the vision encoder (a batch encodes
-equal pictures once, so the plain one encodes the picture once for eight candidates); `flops_over_ideal` is at most 1
+equal pictures once, so the plain one encodes the picture once for eight candidates); `flops_over_ideal` is close to 1
 where nothing of the prefix runs twice.
 """
 
