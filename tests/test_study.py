@@ -66,7 +66,8 @@ def test_runs_and_goes_on_where_it_stopped(study, tmp_path, capfd):
     assert again | {"seconds": 0} == before | {"seconds": 0}
 
     study.write_json(study.read_records(tmp_path), tmp_path / "results.json")
-    study.take_records(tmp_path / "results.json", tmp_path / "taken")
+    corpora = study.take_records(tmp_path / "results.json", tmp_path / "taken")
+    assert corpora == study.read_records(tmp_path)["corpora"] and "standard-1" in corpora
     assert {path.name for path in (tmp_path / "taken" / "records").iterdir()} == records.keys()
     write_report(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {

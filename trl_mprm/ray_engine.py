@@ -3,7 +3,7 @@ The passes of `trl-mprm select` on a Ray cluster: `--engine ray`.
 
 In, the shards of a corpus; they stay where they are, and so do the scores of their lines:
 
-    Shard("raw/AI2D.jsonl", bytes 0 to 16778020)   score ->  Scores (16 bytes a line, in Ray's object store), Summary
+    Shard("raw/AI2D.jsonl", bytes 0 to 16778020)   score ->  Scores (20 bytes a line, in Ray's object store), Summary
     the summaries of 1/8 of the shards             merge ->  one message of under 1 MB, to the driver (8 cores: 8 of them)
     Shard, Scores, the cut of the driver           emit  ->  the kept lines, in a part file beside the output; to the
                                                              driver their line numbers (8 bytes a kept row)

@@ -224,10 +224,12 @@ def record_path(output_dir: Path, task: tuple[str, str, int]) -> Path:
     return output_dir / "records" / f"{name}.json"
 
 
-def take_records(results: Path, output_dir: Path) -> None:
-    """The records of an earlier run, as its report keeps them."""
-    for run in json.loads(results.read_text(encoding="utf-8"))["runs"]:
+def take_records(results: Path, output_dir: Path) -> dict[str, dict]:
+    """The records of an earlier run, as its report keeps them. Returns the statistics of its corpora."""
+    earlier = json.loads(results.read_text(encoding="utf-8"))
+    for run in earlier["runs"]:
         write_json(run, record_path(output_dir, (run["world"], run["arm"], run["seed"])))
+    return earlier["corpora"]
 
 
 def run_all(output_dir: Path, tasks: list[tuple[str, str, int]], settings: Settings = DEMO) -> None:
@@ -280,9 +282,9 @@ if __name__ == "__main__":
     parser.add_argument("--take", type=Path, help="results.json of an earlier run: what it has is not run again")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     arguments = parser.parse_args()
-    if arguments.take:
-        take_records(arguments.take, arguments.output)
+    corpora = take_records(arguments.take, arguments.output) if arguments.take else {}
     if not arguments.report:
         run_all(arguments.output, plan())
-    write_json(read_records(arguments.output), arguments.output / "results.json")
+    results = read_records(arguments.output)
+    write_json(results | {"corpora": corpora | results["corpora"]}, arguments.output / "results.json")
     write_report(arguments.output)
