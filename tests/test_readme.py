@@ -22,6 +22,16 @@ def test_figures_are_those_of_the_kept_run():
     assert not results["quick"] and not results["qlora"]
 
 
+def test_the_second_run_of_the_demo_is_told_as_it_came_out():
+    results = json.loads((ROOT / "recipes" / "demo" / "results_again.json").read_text())
+    told = (ROOT / "recipes" / "demo" / "README.md").read_text().split("results_again.json")[-1].split("\n\n")[0]
+    for subset in ("random10", "bis10", "full", "true10", "bis10-lora"):
+        assert f"{100 * results['summary']['subsets'][subset]['macro_f1_step_weighted']['mean']:.1f} for" in told
+    assert "BIS-10% against random-10%: ahead, +14.2 points F1 (95% interval +6.6 to +21.8, 5 seeds)" in json.dumps(
+        results["verdict"]
+    )
+
+
 def test_every_file_of_the_package_is_in_the_tree():
     tree = (ROOT / "README.md").read_text()
     for file in (ROOT / "trl_mprm").glob("[!_]*.py"):
