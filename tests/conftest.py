@@ -9,18 +9,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before Ray is imported, which the doctests do first: nothing is reported, and no token is written to the home folder.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import json
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image as PILImage
 
-from trl_mprm.tiny import tiny_model
-
-
-ARCHITECTURES = ("qwen2_5_vl", "internvl", "qwen2")
+from trl_mprm.models.tiny import tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -35,42 +30,19 @@ def tiny_folders(tmp_path_factory) -> dict[str, str]:
     return Folders()
 
 
-def picture(color: str, size: tuple[int, int] = (56, 56)) -> Image.Image:
-    image = Image.new("RGB", size, "white")
-    ImageDraw.Draw(image).rectangle([8, 8, 40, 40], fill=color)
-    return image
-
-
-def make_rows(images: bool, n: int = 8) -> list[dict]:
-    """Rollouts of one to four steps; with pictures, every third row has none and every fourth has two."""
-    rows = []
-    for index in range(n):
-        steps = [f"the tile {number} is {'red' if number % 2 else 'blue'}" for number in range(1 + index % 4)]
-        pictures = [] if index % 3 == 2 else [picture("red")] + [picture("blue", (56, 28))] * (index % 4 == 3)
-        rows.append(
-            {
-                "images": pictures if images else [],
-                "prompt": f"How many tiles of {index}?",
-                "completions": steps,
-                "labels": [
-                    (1 + (index + number) % 4) / 4 if "red" in step else 0.0 for number, step in enumerate(steps)
-                ],
-                "source": "ab"[index % 2],
-                "rollout_id": f"{'ab'[index % 2]}:{index}",
-            }
-        )
-    return rows
-
-
-@contextmanager
-def hub_on_this_machine(handler: type[BaseHTTPRequestHandler], home) -> Iterator[dict[str, str]]:
-    """Serve `handler`; yield the environment of a process that takes it for the Hub (the address is read at import)."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
-    try:
-        yield clean | switches | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
-    finally:
-        server.shutdown()
-        server.server_close()
+@pytest.fixture
+def corpus(tmp_path):
+    """Twelve rollouts of two sources with pictures, and one that is refused."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for number in range(3):
+        PILImage.new("RGB", (3 + number, 2)).save(folder / f"{number}.png")
+    for source in ("AI2D", "GEOS"):
+        rows = [
+            {"image": f"{i % 3}.png", "question": f"<image>\nq{i}", "answer": "5" if i % 2 else 5}
+            | {"steps_with_score": [{"step": "s", "score": (i + j) % 3 / 2, "num_mc_total": 16} for j in range(2)]}
+            for i in range(6)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{source}.jsonl").write_text(text + "{\n" * (source == "GEOS"))
+    return folder

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_rows, picture
+from helpers import make_rows, picture
 
 from trl_mprm import ProcessRewardModel
 from trl_mprm.cli import main

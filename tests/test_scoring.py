@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import make_rows, picture
 from datasets import Dataset
+from helpers import make_rows, picture
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Qwen2Config
@@ -13,12 +13,13 @@ from transformers.cache_utils import LinearAttentionLayer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_mprm import ProcessRewardModel, StepFormat
-from trl_mprm.modeling import add_marker, load_model, load_processing_class
-from trl_mprm.published import PUBLISHED
-from trl_mprm.rendering import render_rows, tokenizer_of
+from trl_mprm.models.loading import add_marker, load_model, load_processing_class
+from trl_mprm.models.shared_prefix import _Read, can_share_prefix, shared_length
+from trl_mprm.models.tiny import BUILDERS, tiny_tokenizer
+from trl_mprm.prompting.published import PUBLISHED
+from trl_mprm.prompting.rendering import render_rows
+from trl_mprm.prompting.tokens import tokenizer_of
 from trl_mprm.scoring import _tokens_read
-from trl_mprm.shared_prefix import _Read, can_share_prefix, shared_length
-from trl_mprm.tiny import BUILDERS, tiny_tokenizer
 
 
 TEXT_MODELS = ("qwen2", "llama")
@@ -196,7 +197,7 @@ def test_layers_without_keys_and_values_are_scored_plainly(tiny_folders, monkeyp
     prm, rows = load(tiny_folders, "qwen2"), rollouts("qwen2")
     assert can_share_prefix(prm.model)
     monkeypatch.setattr(
-        "trl_mprm.shared_prefix.DynamicCache",
+        "trl_mprm.models.shared_prefix.DynamicCache",
         lambda config: type("Cache", (), {"layers": [*DynamicCache(config=config).layers, LinearAttentionLayer()]}),
     )
     assert not can_share_prefix(prm.model)

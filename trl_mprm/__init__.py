@@ -11,36 +11,36 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _NAMES = {
-    "load_rollouts": "rollouts",
-    "add_bis": "bis",
-    "top_fraction": "selection",
-    "select": "selection",
-    "ProcessRewardConfig": "config",
-    "ProcessRewardTrainer": "trainer",
-    "DataCollatorForProcessReward": "collator",
+    "load_rollouts": "data.rollouts",
+    "add_bis": "selection.bis",
+    "top_fraction": "selection.datasets",
+    "select": "selection.datasets",
+    "ProcessRewardConfig": "training.config",
+    "ProcessRewardTrainer": "training.trainer",
+    "DataCollatorForProcessReward": "training.collator",
     "ProcessRewardModel": "scoring",
-    "StepFormat": "step_format",
-    "step_metrics": "metrics",
-    "evaluate_model": "evaluation",
-    "read_benchmark": "benchmarks",
-    "load_benchmark": "benchmarks",
-    "split_steps": "splitting",
+    "StepFormat": "prompting.step_format",
+    "step_metrics": "evaluation.metrics",
+    "evaluate_model": "evaluation.run",
+    "read_benchmark": "evaluation.benchmarks",
+    "load_benchmark": "evaluation.benchmarks",
+    "split_steps": "data.splitting",
 }
 __all__ = list(_NAMES)
 
 if TYPE_CHECKING:
-    from .benchmarks import load_benchmark, read_benchmark
-    from .bis import add_bis
-    from .collator import DataCollatorForProcessReward
-    from .config import ProcessRewardConfig
-    from .evaluation import evaluate_model
-    from .metrics import step_metrics
-    from .rollouts import load_rollouts
+    from .data.rollouts import load_rollouts
+    from .data.splitting import split_steps
+    from .evaluation.benchmarks import load_benchmark, read_benchmark
+    from .evaluation.metrics import step_metrics
+    from .evaluation.run import evaluate_model
+    from .prompting.step_format import StepFormat
     from .scoring import ProcessRewardModel
-    from .selection import select, top_fraction
-    from .splitting import split_steps
-    from .step_format import StepFormat
-    from .trainer import ProcessRewardTrainer
+    from .selection.bis import add_bis
+    from .selection.datasets import select, top_fraction
+    from .training.collator import DataCollatorForProcessReward
+    from .training.config import ProcessRewardConfig
+    from .training.trainer import ProcessRewardTrainer
 
 
 def __getattr__(name: str) -> object:

@@ -6,15 +6,11 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
+from transformers import BitsAndBytesConfig
 
 from .files import atomic_output
-
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,7 +155,8 @@ def _print_table(rows: list[list]) -> None:
 
 
 def select(args: argparse.Namespace) -> int:
-    from .selection import report_table, select_files
+    from .selection.files import select_files
+    from .selection.report import report_table
 
     inputs = args.input if len(args.input) > 1 else args.input[0]
     if args.compare:
@@ -200,7 +197,7 @@ def select(args: argparse.Namespace) -> int:
 
 
 def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:
-    from .comparison import compare_rules, comparison_table
+    from .selection.comparison import compare_rules, comparison_table
 
     table = compare_rules(
         inputs,
@@ -257,10 +254,11 @@ SMOKE = (
 def train(argv: list[str]) -> int:
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-    from .config import ProcessRewardConfig
-    from .rollouts import hub_snapshot, is_hub_id, load_rollouts
-    from .selection import select as select_rollouts
-    from .trainer import ProcessRewardTrainer
+    from .data.hub import hub_snapshot, is_hub_id
+    from .data.rollouts import load_rollouts
+    from .selection.datasets import select as select_rollouts
+    from .training.config import ProcessRewardConfig
+    from .training.trainer import ProcessRewardTrainer
 
     if "--smoke" in argv:
         return _smoke([word for word in argv if word != "--smoke"])
@@ -316,7 +314,7 @@ def train(argv: list[str]) -> int:
 def _smoke(argv: list[str]) -> int:
     from tempfile import TemporaryDirectory
 
-    from .smoke import cut_down
+    from .training.smoke import cut_down
 
     with TemporaryDirectory(prefix="trl-mprm-smoke-") as folder:
         argv, told = cut_down(argv, Path(folder))
@@ -367,9 +365,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from accelerate import PartialState
 
-    from .benchmarks import BENCHMARKS, load_benchmark
-    from .evaluation import evaluate_model, measure_rows, table_rows, write_report
-    from .model_card import add_eval_results, public_name
+    from .cards.model_card import add_eval_results, public_name
+    from .evaluation.benchmarks import BENCHMARKS, load_benchmark
+    from .evaluation.run import evaluate_model
+    from .evaluation.tables import measure_rows, table_rows, write_report
 
     if args.model is None:
         raise ValueError("no model to evaluate: name a Hub id or folder with --model")
@@ -406,7 +405,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from .internvl_chat import convert_internvl_chat
+    from .models.internvl_chat import convert_internvl_chat
 
     report = convert_internvl_chat(args.input, args.output, args.tokenizer)
     _print_table([["", "converted"], *map(list, report.items())])
@@ -415,7 +414,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def card(args: argparse.Namespace) -> int:
-    from .model_card import read_record, render_card, write_card
+    from .cards.model_card import read_record, render_card, write_card
 
     changes = {"license": args.license, "repo": args.repo, "name": args.repo and args.repo.rsplit("/", 1)[-1]}
     record = read_record(args.model) | {key: value for key, value in changes.items() if value is not None}

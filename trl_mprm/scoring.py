@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm.auto import tqdm
@@ -20,35 +18,19 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .distinct_images import encode_distinct_images
-from .loss import concentration
-from .metrics import AGGREGATES
-from .modeling import (
-    StepClassifier,
-    add_marker,
-    base_of,
-    good_minus_bad,
-    is_vision_language,
-    load_model,
-    load_processing_class,
-    load_step_classifier,
-    marker_logits,
-)
-from .published import CHECKPOINTS, published_format
-from .rendering import (
-    ProcessingClass,
-    Rendered,
-    naming,
-    pad_batch,
-    prompt_key,
-    render_rows,
-    row_name,
-    texts_of,
-    tokenizer_of,
-)
-from .shared_prefix import can_share_prefix, prefix_inputs, run_prefix, shared_length, suffix_inputs
-from .splitting import SPLITS, split_steps
-from .step_format import StepFormat
+from .data.aggregates import AGGREGATES
+from .data.hub import download_model
+from .data.splitting import SPLITS, split_steps
+from .models.anatomy import base_of, is_vision_language
+from .models.classifier import StepClassifier, load_step_classifier
+from .models.distinct_images import encode_distinct_images
+from .models.loading import add_marker, load_model, load_processing_class
+from .models.reader import concentration, good_minus_bad, marker_logits
+from .models.shared_prefix import can_share_prefix, prefix_inputs, run_prefix, shared_length, suffix_inputs
+from .prompting.published import CHECKPOINTS, published_format
+from .prompting.rendering import pad_batch, render_rows
+from .prompting.step_format import StepFormat
+from .prompting.tokens import ProcessingClass, Rendered, errors_name_row, prompt_key, row_name, texts_of, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -254,7 +236,7 @@ class ProcessRewardModel:
         groups: dict[Any, list[int]] = {}
         for index in range(len(rows)):
             row = {"rollout_id": str(index)} | rows[index]
-            with naming(row, index):
+            with errors_name_row(row, index):
                 if missing := {"prompt", "completions"} - row.keys():
                     raise ValueError(f"no `{min(missing)}`, expected `prompt`, `completions` and optional `images`")
                 key = prompt_key(row) if sharing else index
@@ -412,18 +394,6 @@ class ProcessRewardModel:
             return [AGGREGATES[aggregate](next(scores)) if row["completions"] else 0.0 for row in rows]
 
         return process_reward
-
-
-def download_model(model_id: str, **kwargs: Any) -> Path:
-    """A snapshot of a model on the Hub. Raises `FileNotFoundError`, in one line, where there is none."""
-    try:
-        return Path(snapshot_download(model_id, **kwargs))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{model_id}: no such folder here, and no such model on the Hub") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{model_id}: no such folder here, and the Hub cannot be reached") from error
 
 
 def _check_aggregate(aggregate: str) -> None:

@@ -32,9 +32,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLC
 
 import trl_mprm.demo
 from trl_mprm import ProcessRewardModel, StepFormat
-from trl_mprm.modeling import add_marker
-from trl_mprm.rendering import render_rows
-from trl_mprm.shared_prefix import shared_length
+from trl_mprm.models.loading import add_marker
+from trl_mprm.models.shared_prefix import shared_length
+from trl_mprm.prompting.rendering import render_rows
 
 
 PROCESSOR = Path(trl_mprm.demo.__file__).parent / "qwen2.5-vl-miniature"

@@ -45,7 +45,7 @@ from datasets import Dataset, load_dataset
 from tabulate import tabulate
 
 from trl_mprm import add_bis, load_rollouts
-from trl_mprm.selection import select_files
+from trl_mprm.selection.files import select_files
 
 
 FRACTION, ALPHA = 0.1, 0.2
@@ -174,7 +174,7 @@ def race(contestants: dict[str, Callable[[Path], object]], repeats: int, root: P
 # VmHWM, not ru_maxrss: on exec that one starts from the peak of the process that started this one.
 PEAK = """
 import re, resource, sys
-from trl_mprm.selection import select_files
+from trl_mprm.selection.files import select_files
 select_files(sys.argv[1], sys.argv[2], fraction=0.1, alpha=0.2)
 assert "torch" not in sys.modules
 own = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])

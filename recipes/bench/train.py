@@ -64,7 +64,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import trl_mprm.demo
 from trl_mprm import ProcessRewardConfig, ProcessRewardTrainer
-from trl_mprm.collator import IGNORE_INDEX
+from trl_mprm.data.rows import IGNORE_INDEX
 from trl_mprm.files import write_json
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from tabulate import tabulate
 
 from trl_mprm.demo.run import interval
+from trl_mprm.evaluation.published_results import TABLES
 from trl_mprm.files import atomic_output
-from trl_mprm.published_results import TABLES
 
 
 matplotlib.use("Agg")  # writes files only; a server has no display

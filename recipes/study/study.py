@@ -44,7 +44,7 @@ from trl_mprm.demo.base import BASE_MODEL, train_base
 from trl_mprm.demo.run import make_trainer, make_world, start_worker, zero_shot_prm
 from trl_mprm.demo.settings import DEMO, Settings
 from trl_mprm.files import write_json
-from trl_mprm.rendering import render_rows
+from trl_mprm.prompting.rendering import render_rows
 
 
 SEEDS = (21, 22, 23, 24, 25)

@@ -18,12 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import make_rows  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from test_trainer import FEATURES, config  # noqa: E402
+from helpers import FEATURES, config, make_rows
 
 from trl_mprm import ProcessRewardTrainer  # noqa: E402
-from trl_mprm.tiny import tiny_model  # noqa: E402
+from trl_mprm.models.tiny import tiny_model  # noqa: E402
 
 
 GOLDEN = Path(__file__).with_name("curve.json")

@@ -70,7 +70,9 @@ def main() -> None:
     from datasets import Dataset
     from trl.experimental.prm import PRMConfig, PRMTrainer
 
-    sys.path.insert(0, str(Path(__file__).parents[2] / "trl_mprm"))  # the file alone: this package needs a newer TRL
+    sys.path.insert(
+        0, str(Path(__file__).parents[2] / "trl_mprm" / "models")
+    )  # the file alone: this package needs a newer TRL
     from tiny import tiny_tokenizer
 
     torch.set_num_threads(1)

@@ -7,9 +7,9 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from ..evaluation import Benchmark
+from ..evaluation.benchmarks import Benchmark
 from ..scoring import ProcessRewardModel
-from ..selection import top_fraction
+from ..selection.datasets import top_fraction
 
 
 matplotlib.use("Agg")  # writes files only; a server has no display

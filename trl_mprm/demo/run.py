@@ -40,8 +40,8 @@ from trl_mprm import (
 )
 
 from ..files import write_json
-from ..modeling import add_marker, load_model, load_processing_class
-from ..step_format import StepFormat
+from ..models.loading import add_marker, load_model, load_processing_class
+from ..prompting.step_format import StepFormat
 from . import plots
 from .base import BASE_MODEL
 from .settings import DEMO, QUICK, Settings

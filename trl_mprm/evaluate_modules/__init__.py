@@ -1,5 +1,5 @@
 """
-Metrics of [`~trl_mprm.metrics`] as modules of the `evaluate` library, loaded from the installed package without a hub.
+Metrics of [`~trl_mprm.evaluation.metrics`] as modules of the `evaluate` library, loaded from the installed package without a hub.
 
     import evaluate
     from trl_mprm import evaluate_modules

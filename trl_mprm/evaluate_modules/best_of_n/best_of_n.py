@@ -1,9 +1,9 @@
-"""Accuracy of best-of-N by step scores, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.metrics`]."""
+"""Accuracy of best-of-N by step scores, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.evaluation.metrics`]."""
 
 import datasets
 import evaluate
 
-from trl_mprm.metrics import best_of_n_metrics
+from trl_mprm.evaluation.metrics import best_of_n_metrics
 
 
 DESCRIPTION = """

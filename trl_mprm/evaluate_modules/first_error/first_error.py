@@ -1,9 +1,9 @@
-"""First-error accuracy and ProcessBench F1, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.metrics.step_metrics`]."""
+"""First-error accuracy and ProcessBench F1, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.evaluation.metrics.step_metrics`]."""
 
 import datasets
 import evaluate
 
-from trl_mprm.metrics import step_metrics
+from trl_mprm.evaluation.metrics import step_metrics
 
 
 DESCRIPTION = """

@@ -1,9 +1,9 @@
-"""Brier score and calibration error of step scores, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.metrics.step_metrics`]."""
+"""Brier score and calibration error of step scores, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.evaluation.metrics.step_metrics`]."""
 
 import datasets
 import evaluate
 
-from trl_mprm.metrics import step_metrics
+from trl_mprm.evaluation.metrics import step_metrics
 
 
 DESCRIPTION = """

@@ -1,9 +1,9 @@
-"""Macro-F1 of the steps of solutions, in its three conventions, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.metrics.step_metrics`]."""
+"""Macro-F1 of the steps of solutions, in its three conventions, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.evaluation.metrics.step_metrics`]."""
 
 import datasets
 import evaluate
 
-from trl_mprm.metrics import step_metrics
+from trl_mprm.evaluation.metrics import step_metrics
 
 
 DESCRIPTION = """

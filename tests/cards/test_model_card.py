@@ -1,0 +1,162 @@
+"""Cards: one rendering of one record, by the trainer, by `trl-mprm card`, and for the kept cards of the demo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from helpers import PUSH, CommitHub, ReadHub, hub_on_this_machine, make_rows
+from huggingface_hub import ModelCard
+
+from trl_mprm import ProcessRewardConfig, ProcessRewardTrainer, select
+from trl_mprm.cards.model_card import add_eval_results, benchmark_facts, read_record, render_card
+from trl_mprm.cli import main
+from trl_mprm.evaluation.metrics import step_metrics
+
+
+KEPT = Path(__file__).parents[2] / "model_cards"
+METRICS = step_metrics([[1, -1], [1, 1, -1], [-1]], [[0.9, 0.2], [0.8, 0.6, 0.4], [0.7]], threshold=0.5)
+
+
+def trained(model: str, folder: Path, **config) -> ProcessRewardTrainer:
+    rows = Dataset.from_list([row | {"mc_scores": row["labels"]} for row in make_rows(images=False)])
+    kept = select(rows, "random", fraction=0.5, seed=3)
+    args = ProcessRewardConfig(str(folder), use_cpu=True, report_to="none", max_steps=1, save_strategy="no", **config)
+    trainer = ProcessRewardTrainer(model, args, train_dataset=rows.select(kept.indices), selection=kept.report)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cards") / "someone" / "tiny-mprm"
+    trainer = trained(tiny_folders["qwen2"], folder)
+    trainer.create_model_card(dataset_name="org/rollouts", license="mit", results=METRICS, benchmark="toy")
+    return folder
+
+
+def test_card_is_the_rendering_of_its_record(folder, capsys):
+    card, record = (folder / "README.md").read_text(), read_record(folder)
+    for said in (
+        "license: mit", "datasets: org/rollouts", "- trl", "- mprm", "- process-reward-model",
+        "rule `random`, fraction 0.5, ties `hash`, seed 3, per source. Revision of the subset: `",
+        "| a | 4 | 0 | 4 | 2 |", "| optimizer steps | 1 |", 'from_pretrained("tiny-mprm")', "threshold `fixed`",
+        "macro-F1, step-weighted mean over sources (the paper's micro-F1) | ", "macro-F1, pooled", "macro-F1, plain mean",
+        "## Limits", "@article{li2026training",
+    ):  # fmt: skip
+        assert said in card, said
+    entries = {entry.metric_type: entry.metric_value for entry in ModelCard(card).data.eval_results}
+    assert entries["macro_f1_pooled"] == round(METRICS["macro_f1_pooled"], 4)
+    assert record["selection"]["revision"] in card
+    assert str(folder.parent) not in card + json.dumps(record) and os.environ["HOME"] not in card + json.dumps(record)
+
+    assert main(["card", str(folder)]) == 0
+    assert (folder / "README.md").read_text() == card and "publish: hf upload ORG/NAME" in capsys.readouterr().out
+    other = folder.parent / "other.md"
+    assert main(["card", str(folder / "model_card.json"), "--license", "apache-2.0", "--repo", "you/prm",
+                 "--output", str(other)]) == 0  # fmt: skip
+    assert 'from_pretrained("you/prm")' in other.read_text() and "license: apache-2.0" in other.read_text()
+    assert (folder / "README.md").read_text() == card
+
+
+def test_results_go_into_the_record_and_edited_text_stays(folder):
+    card = (folder / "README.md").read_text()
+    path = add_eval_results(folder, "toy2", "second toy", None, METRICS)
+    assert read_record(folder)["benchmarks"]["second toy"] == json.loads(json.dumps(benchmark_facts(METRICS)))
+    assert path.read_text() == str(render_card(read_record(folder)))
+    assert "second toy: 3 solutions" in path.read_text() and "toy: 3 solutions" in card
+    path.write_text(path.read_text() + "\nBy hand.\n")
+    add_eval_results(folder, "toy3", "third toy", None, METRICS)
+    assert "By hand." in path.read_text() and "third toy: 3 solutions" not in path.read_text()
+    assert {entry.dataset_name for entry in ModelCard.load(path).data.eval_results} == {
+        "toy", "second toy", "third toy",
+    }  # fmt: skip
+
+
+def test_wrong_records_are_one_line(tmp_path, capsys):
+    assert main(["card", str(tmp_path)]) == 2
+    assert "no such file; expected the record that ProcessRewardTrainer writes" in capsys.readouterr().err
+    (tmp_path / "model_card.json").write_text("{}")
+    assert main(["card", str(tmp_path)]) == 2
+    assert "not the record of a model card" in capsys.readouterr().err
+
+
+def test_offline_everything_is_written_and_told_how_to_push(tiny_folders, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    trainer = trained(tiny_folders["qwen2"], tmp_path / "out", push_to_hub=True, hub_model_id="someone/tiny-mprm")
+    assert "training goes on, and everything is written locally" in caplog.text
+    assert trainer.push_to_hub(license="mit") is None
+    assert f"hf upload someone/tiny-mprm {tmp_path / 'out'} ." in caplog.text
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+TRAIN = """
+import sys
+from trl_mprm.cli import main
+sys.exit(main(["train", "--dataset_name", "org/rollouts", "--model_name_or_path", sys.argv[1], "--output_dir",
+               sys.argv[2], "--max_steps", "1", "--use_cpu", "--report_to", "none", "--dtype", "float32"]))
+"""
+
+
+@pytest.mark.slow
+def test_model_names_its_subset_by_commit(corpus, tiny_folders, tmp_path):  # noqa: F811
+    """Select and publish, train on what was published: the card has the rule, the revision and the commit."""
+    published = type("OneHub", (CommitHub,), {"commits": [], "lfs": {}})
+    with hub_on_this_machine(published, tmp_path / "home") as env:
+        argv = [sys.executable, "-c", PUSH, corpus, tmp_path / "kept.jsonl"]
+        subprocess.run(argv, env=env | {"HF_TOKEN": "hf_" + "secret" * 5}, check=True, timeout=120)
+    hub = type("SameHub", (ReadHub,), {"files": published.commits[0]})
+    with hub_on_this_machine(hub, tmp_path / "home2") as env:
+        argv = [sys.executable, "-c", TRAIN, tiny_folders["qwen2_5_vl"], tmp_path / "out"]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    card, selection = (tmp_path / "out" / "README.md").read_text(), json.loads(published.commits[0]["selection.json"])
+    assert f"From [org/rollouts](https://huggingface.co/datasets/org/rollouts), revision `{hub.sha}`." in card
+    assert f"seed 4, per source. Revision of the subset: `{selection['revision']}`." in card
+    assert "| GEOS | 7 | 1 | 6 | 3 |" in card
+
+
+class BothHubs(CommitHub, ReadHub):
+    """Read `org/rollouts`, write `someone/kept-rollouts`."""
+
+    def do_GET(self):
+        (ReadHub if "org/rollouts" in self.path else CommitHub).do_GET(self)
+
+    def do_POST(self):
+        (ReadHub if "/paths-info/" in self.path else CommitHub).do_POST(self)
+
+
+def test_card_of_a_subset_names_its_source_by_commit_with_its_licence(tmp_path):
+    row = {"question": "1 + 1?", "steps_with_score": [{"step": "2", "score": 0.5, "num_mc_total": 16}]}
+    files = {"README.md": b"# rollouts", "train.jsonl": "".join(json.dumps(row) + "\n" for _ in range(4)).encode()}
+    hub = type("OneHub", (BothHubs,), {"commits": [], "lfs": {}, "files": files})
+    with hub_on_this_machine(hub, tmp_path / "home") as env:
+        argv = [sys.executable, "-c", PUSH, "org/rollouts", tmp_path / "kept.jsonl"]
+        done = subprocess.run(argv, env=env | {"HF_TOKEN": "hf_x"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (published,) = hub.commits
+    card, selection = ModelCard(published["README.md"].decode()), json.loads(published["selection.json"])
+    assert card.data.license == "mit" and selection["input_revisions"] == {"org/rollouts": hub.sha}
+    assert f"of [org/rollouts](https://huggingface.co/datasets/org/rollouts) (commit {hub.sha})." in card.text
+    assert f"| revision of the subset | `{selection['revision']}`, XXH3-128 of the kept lines |" in card.text
+
+
+@pytest.mark.parametrize("record", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
+def test_kept_cards_are_renderings_of_their_records(record):
+    assert record.with_suffix(".md").read_text() == str(render_card(read_record(record)))
+
+
+def test_a_name_of_a_source_cannot_break_the_table_of_a_card():
+    record = read_record(KEPT / "miniature-mprm-bis10.json")
+    record["selection"]["sources"] = {"a\\|b\r\n\n# c": record["selection"]["sources"]["sum"]}
+    assert "\n| a\\&#124;b # c | 5152 |" in str(render_card(record))
+
+
+def test_every_kept_card_has_a_record():
+    names = {path.stem for path in KEPT.glob("*.md")} - {"README"}
+    assert names == {path.stem for path in KEPT.glob("*.json")} and len(names) == 5

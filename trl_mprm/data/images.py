@@ -1,0 +1,189 @@
+"""Finds the pictures of rollouts and benchmarks: inside one folder, whole, and not too large."""
+
+import base64
+import io
+import os
+import stat
+import warnings
+from typing import Any
+
+from PIL import Image
+
+from .rows import is_unicode
+
+
+MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
+
+REMEMBERED = 20_000  # images that a finder has looked at, so that it need not look again
+
+
+class ImageRefused(Exception):
+    """Why a picture cannot be used: `reason` is one of `image_not_a_path`, `_missing`, `_outside_root`, `_unreadable`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+class ImageFinder:
+    """
+    Finds and checks the images below one root.
+
+    Args:
+        root (`Path`, *optional*):
+            Folder that paths are relative to and must stay in, links followed. Without it no path is found.
+        check (`bool`, *optional*, defaults to `True`):
+            Look for the file, and check header, size and end mark. Otherwise paths are taken as they are.
+    """
+
+    def __init__(self, root: str | os.PathLike | None, check: bool = True):
+        self.root = None if root is None else os.path.realpath(root)
+        self.check = check
+        self.found: dict[str, str | ImageRefused] = {}
+        self.folders: dict[str, list[tuple[str, bool, bool]]] = {}
+
+    def find(self, image: object) -> str | bytes:
+        """Like [`~ImageFinder.look`], but raises the [`ImageRefused`]."""
+        found = self.look(image)
+        if isinstance(found, ImageRefused):
+            raise ImageRefused(found.reason, str(found))  # a new one: it is shared by all images of its folder
+        return found
+
+    def look(self, image: object) -> str | bytes | ImageRefused:
+        """
+        The path of an image, or its bytes if they came along (`{"bytes": ..., "path": ...}`, in JSON as base64), or what
+        is wrong.
+        """
+        if isinstance(image, dict):
+            data = image.get("bytes")
+            try:
+                if isinstance(data, str):
+                    data = base64.b64decode(data, validate=True)
+                if isinstance(data, bytes):
+                    check_image(io.BytesIO(data))
+                    return data
+            except ImageRefused as refused:
+                return refused
+            except ValueError as error:  # of base64
+                return ImageRefused("image_unreadable", f"bytes of an image are no base64 ({error})")
+            image = image.get("path")
+        if not isinstance(image, str) or not image or not is_unicode(image):
+            return ImageRefused("image_not_a_path", f"image is {image!r:.80}, expected a path")
+        if not self.check:
+            return image
+        if (found := self.found.get(image)) is not None:
+            return found
+        found = self._look(image)
+        # A missing image costs one look at its folder; a present one is read, so it is remembered, up to a limit.
+        if isinstance(found, str) or found.reason != "image_missing":
+            if len(self.found) >= REMEMBERED:
+                self.found.clear()
+            self.found[image] = found
+        return found
+
+    def _look(self, name: str) -> str | ImageRefused:
+        if self.root is None:
+            return ImageRefused("image_missing", f"{name!r:.80}: no image root was given")
+        folder, slash, base = name.rpartition("/")
+        if base in ("", ".", ".."):
+            folder, slash, base = name, "/", "."
+        if (folders := self.folders.get(folder + slash)) is None:
+            folders = self.folders[folder + slash] = self._candidates(folder + slash)
+        if isinstance(folders, ImageRefused):
+            return folders
+        refused = None
+        for path, inside, exists in folders:
+            try:
+                if exists and stat.S_ISLNK(os.lstat(path + base).st_mode):
+                    real = os.path.realpath(path + base)
+                    inside = self._inside(real)
+                else:
+                    real = path + base
+                if not inside:
+                    refused = ImageRefused("image_outside_root", f"{name!r:.80} leads out of {self.root}")
+                elif exists and os.path.isfile(real):
+                    with open(real, "rb") as file:
+                        check_image(file)
+                    return real
+            except ImageRefused as error:
+                return ImageRefused(error.reason, f"{name!r:.80}: {error}")
+            except PermissionError as error:
+                return ImageRefused("image_unreadable", str(error))
+            except (OSError, ValueError):  # not there, or a name that no file can have
+                if not inside:
+                    refused = ImageRefused("image_outside_root", f"{name!r:.80} leads out of {self.root}")
+        return refused or ImageRefused("image_missing", f"{name!r:.80} is not in {self.root}")
+
+    def _candidates(self, folder: str) -> list[tuple[str, bool, bool]] | ImageRefused:
+        """Where the files of a folder may lie: real path with a slash, whether it is inside the root, and exists."""
+        # The annotations say VisualPRM400K-v1.1-Raw/<x>, and images.zip unpacks to images/<x>. Short paths of NLVR2
+        # (images/train-*.png) lie in images/nlvr2/.
+        short = folder.removeprefix("VisualPRM400K-v1.1-Raw/")
+        found = []
+        for name in dict.fromkeys([folder, short, f"images/{short}", f"images/nlvr2/{short}"]):
+            try:
+                path = os.path.join(os.path.realpath(os.path.join(self.root, name)), "")
+                found.append((path, self._inside(path), os.path.isdir(path)))
+            except (OSError, ValueError):  # a name that no folder can have: a zero byte, a lone surrogate
+                continue
+        if any(exists or not inside for _, inside, exists in found):
+            return found
+        return ImageRefused("image_missing", f"{folder!r:.80} is not in {self.root}")
+
+    def _inside(self, path: str) -> bool:
+        return path.startswith(os.path.join(self.root, ""))
+
+
+def check_image(file: io.BufferedIOBase) -> None:
+    """
+    Raise [`ImageRefused`] unless `file` is a whole picture of at most `MAX_PIXELS` pixels.
+
+    Header and end mark are checked; only a format without end mark, or a file that lacks it, is decoded.
+
+    Examples:
+    ```python
+    >>> import io
+    >>> from trl_mprm.data.images import ImageRefused, check_image
+    >>> try:
+    ...     check_image(io.BytesIO(b"no picture"))
+    ... except ImageRefused as refused:
+    ...     print(refused.reason)
+    image_unreadable
+
+    ```
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+        too_large = image.width * image.height > MAX_PIXELS
+        file.seek(max(file.seek(0, os.SEEK_END) - 64, 0))
+        end = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}.get(image.format)
+        if not too_large and (end is None or end not in file.read()):
+            file.seek(0)
+            Image.open(file).load()
+    except (
+        Exception
+    ) as error:  # a broken file can raise anything in a decoder: OSError, SyntaxError, struct.error, ...
+        raise ImageRefused("image_unreadable", f"not a whole picture ({error})") from error
+    if too_large:
+        raise ImageRefused("image_unreadable", f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+
+
+def open_image(image: Image.Image | str | os.PathLike | dict[str, Any]) -> Image.Image:
+    """
+    Take an image in RGB as it is, or open a path or what an undecoded column holds (`{"bytes", "path"}`).
+
+    Raises `ValueError` where there is none, or the file is not a whole image.
+    """
+    source, name = image, image
+    if isinstance(image, dict):
+        data, name = image.get("bytes"), image.get("path") or "in memory"
+        source = image.get("path") if data is None else data
+        source = io.BytesIO(source) if isinstance(source, bytes) else source
+    if not isinstance(source, Image.Image | str | os.PathLike | io.BytesIO):
+        raise ValueError(f"image is {image!r:.80}, expected a PIL image, a path, or a dict of its `bytes` or `path`")
+    try:
+        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+    except Exception as error:  # Pillow: whatever a decoder meets in a broken file, SyntaxError in a broken PNG
+        raise ValueError(f"cannot read image {name}: {error}") from error

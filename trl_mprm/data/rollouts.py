@@ -1,0 +1,321 @@
+"""
+Monte-Carlo-annotated rollouts of every supported format, read into one row type.
+
+In, a line of the raw annotations of VisualPRM400K-v1.1-Raw (file `Geometry3K.jsonl`; the source is the file name):
+
+    {"image": "VisualPRM400K-v1.1-Raw/Geometry3K/1471.png", "question": "<image>\\n...", "question_orig": "Find x.",
+     "steps_with_score": [{"step": "x = 5.", "score": 0.125, "num_mc_correct": 2, "num_mc_total": 16}],
+     "num_mc_sequences": 16, "answer": "52", "response": "..."}
+
+or a stepwise row as TRL had it: {"prompt": "Find x.", "completions": ["x = 5."], "labels": [true]}. Out:
+
+    {"images": [{"path": "/data/images/Geometry3K/1471.png", "bytes": None}], "prompt": "Find x.",
+     "completions": ["x = 5."], "labels": [0.125], "mc_scores": [0.125], "mc_counts": [2], "mc_total": 16,
+     "source": "Geometry3K", "rollout_id": "Geometry3K:0"}
+
+A row that cannot be used is refused, for one named reason.
+"""
+
+import hashlib
+import logging
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, List, Value
+from tqdm.auto import tqdm
+
+from .formats import parse, to_row
+from .hub import hub_annotations, is_hub_id, local_inputs
+from .images import ImageFinder, ImageRefused
+from .kept_sources import check_kept_sources, kept_sources
+from .rows import Reason, Refused, image_list, own_text
+from .shards import Paths, line_batches, plan_shards
+
+
+logger = logging.getLogger(__name__)
+
+FEATURES = Features(
+    {
+        "images": List(Image()),
+        "prompt": Value("string"),
+        "completions": List(Value("string")),
+        "labels": List(Value("float64")),
+        "mc_scores": List(Value("float64")),
+        "mc_counts": List(Value("int64")),
+        "mc_total": Value("int64"),
+        "source": Value("string"),
+        "rollout_id": Value("string"),
+    }
+)
+
+
+class Refusal(NamedTuple):
+    """A row that was not used. `line` counts from 1, as editors do."""
+
+    file: str
+    line: int
+    source: str
+    reason: Reason
+
+
+class Rollout(NamedTuple):
+    """A row with the place it came from. `line` counts from 1, as editors do; `source` is the one by file name."""
+
+    file: str
+    line: int
+    source: str
+    row: dict
+
+
+def load_rollouts(
+    path_or_hub_id: Paths,
+    image_root: str | os.PathLike | None = None,
+    *,
+    streaming: bool = False,
+    drop_answer_step: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    Read Monte-Carlo-annotated rollouts into a [`~datasets.Dataset`] with the columns `images`, `prompt`,
+    `completions`, `labels`, `mc_scores`, `mc_counts`, `mc_total`, `source`, `rollout_id`.
+
+    `labels` are the scores, with -100 where a step was not measured (`num_mc_total` 0), and `mc_scores` is null there.
+    Images are paths; they are decoded when a row is read. `rollout_id` is the file name and the line from 0. Refused
+    rows are logged: one warning a reason, with counts by source and the first file and line;
+    [`~trl_mprm.data.rollouts.read_rollouts`] hands them out one by one.
+
+    A score in quotes (`"0.5"`) is refused as `score_not_a_number`. The paper's reader turns it into a number, but a
+    writer that quotes its numbers may as well write "nan" or "0,5", and a column that is half text breaks every
+    typed reader after this one.
+
+    Args:
+        path_or_hub_id (`str`, path, or `list` of paths):
+            A folder (its files, or its `annotations.zip`), a glob, one file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`,
+            `.parquet`, or a `.zip` of `.jsonl`, read in place), a list of these, a folder of `save_to_disk`, or a
+            dataset on the Hub: its `annotations.zip` where there is one, else its split `train`.
+            [`~trl_mprm.data.formats`] has the formats of a row.
+        image_root (`str` or path, *optional*):
+            Folder of the images. Image paths stay inside it. Defaults to the folder of each file.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows when they are asked for. Files are shared out among the workers of a data loader.
+        drop_answer_step (`bool`, *optional*, defaults to `False`):
+            Leave a last step that states the final answer without label and score.
+
+    Raises:
+        `FileNotFoundError`: no such file, folder or dataset. `ValueError`: no row can be used.
+
+    Examples:
+    ```python
+    >>> import json, pathlib, tempfile
+    >>> from trl_mprm import load_rollouts
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "Algebra.jsonl"
+    >>> steps = [{"step": "x = 2.", "score": 0.25, "num_mc_correct": 4, "num_mc_total": 16}]
+    >>> _ = file.write_text(json.dumps({"question": "x + 1 = 3?", "steps_with_score": steps}))
+    >>> row = load_rollouts(file)[0]
+    >>> row["prompt"], row["completions"], row["labels"], row["rollout_id"]
+    ('x + 1 = 3?', ['x = 2.'], [0.25], 'Algebra:0')
+
+    ```
+    """
+    if isinstance(path_or_hub_id, (str, os.PathLike)) and (Path(path_or_hub_id) / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path_or_hub_id))
+        return saved.to_iterable_dataset() if streaming else saved
+    if streaming:
+        parts = [path_or_hub_id] if is_hub_id(path_or_hub_id) else _files(path_or_hub_id)
+        options = {"parts": parts, "image_root": image_root, "drop_answer_step": drop_answer_step, "streaming": True}
+        return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=options)
+    refused: list[str] = []
+    rows = _rows([path_or_hub_id], image_root, drop_answer_step, refused=refused)
+    path, n_rows = _write_arrow(rows)
+    if not n_rows:
+        raise ValueError(
+            f"{path_or_hub_id}: no row can be used. {'; '.join(refused) or 'No rows at all.'} "
+            "Expected raw annotations (question, steps_with_score) or stepwise rows (prompt, completions, labels), "
+            "with images under image_root"
+        )
+    table = datasets.table.MemoryMappedTable.from_file(str(path))
+    # The fingerprint is the content: `map` finds its cache again in the next run, and never a stale one.
+    return Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=path.stem)
+
+
+def _files(inputs: Paths) -> list[str]:
+    """Files, one by one; of two with one name the second one is an error, as without streaming."""
+    return list(dict.fromkeys(shard.file for shard in plan_shards(inputs)))
+
+
+def _rows(
+    parts: list[Paths],
+    image_root: str | os.PathLike | None,
+    drop_answer_step: bool,
+    streaming: bool = False,
+    refused: list[str] | None = None,
+) -> Iterator[dict]:
+    """The rows that can be used; at the end a warning for each reason why others cannot, also put into `refused`."""
+    refusals = []
+    for part in parts:
+        for item in read_rollouts(part, image_root, True, drop_answer_step, streaming):
+            if isinstance(item, Rollout):
+                yield item.row
+                continue
+            if image_root is None and item.reason is Reason.IMAGE_MISSING and is_hub_id(part):
+                raise ValueError(
+                    f"{part} names images that are not on this disk ({item.file}:{item.line}): download and "
+                    "unpack the images of that dataset, and pass their folder as image_root"
+                )
+            refusals.append(item)
+    for line in describe_refusals(refusals):
+        logger.warning(line)
+        if refused is not None:
+            refused.append(line)
+
+
+def read_rollouts(
+    inputs: Paths,
+    image_root: str | os.PathLike | None = None,
+    check_images: bool = True,
+    drop_answer_step: bool = False,
+    streaming: bool = False,
+) -> Iterator[Rollout | Refusal]:
+    """
+    Read rollouts one by one: a [`Rollout`] for each row that can be used, a [`Refusal`] for each that cannot.
+
+    An image is checked once, by its header and its last bytes: a known format, at most `MAX_PIXELS` pixels, the end
+    mark of PNG or JPEG present. Only a file without that mark is decoded. `check_images=False` leaves image paths as
+    they are and does not look for the files. `streaming` concerns datasets on the Hub alone.
+
+    Examples:
+    ```python
+    >>> import pathlib, tempfile
+    >>> from trl_mprm.data.rollouts import read_rollouts
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "a.jsonl"
+    >>> _ = file.write_text('{"prompt": "1 + 1?", "completions": ["2"], "labels": [true]}\\n{"prompt": "1 + 2?"}\\n')
+    >>> for item in read_rollouts(file):
+    ...     print(item.line, item.row["labels"] if hasattr(item, "row") else item.reason)
+    1 [1.0]
+    2 empty_steps
+
+    ```
+    """
+    finders: dict[Path | None, ImageFinder] = {}
+    for file, folder, number, source, record in _records(inputs, streaming):
+        root = folder if image_root is None else Path(image_root)
+        if root not in finders:
+            finders[root] = ImageFinder(root, check_images)
+        try:
+            row = to_row(record, drop_answer_step)
+            row["images"] = find_images(record, finders[root])
+            # Known by file and line, not by its own source: two files may share a source.
+            row["source"] = own_text(record, "source") or source
+            row["rollout_id"] = own_text(record, "rollout_id") or f"{source}:{number}"
+        except Refused as refused:
+            yield Refusal(file, number + 1, own_text(record, "source") or source, refused.args[0])
+        else:
+            yield Rollout(file, number + 1, source, row)
+
+
+def describe_refusals(refusals: Iterable[Refusal]) -> list[str]:
+    """One line a reason: how many rows, of which sources, and where the first one stands."""
+    by_reason: dict[Reason, list[Refusal]] = {}
+    for refusal in refusals:
+        by_reason.setdefault(refusal.reason, []).append(refusal)
+    lines = []
+    for reason, rows in by_reason.items():
+        sources = ", ".join(f"{source} {count:,}" for source, count in Counter(row.source for row in rows).items())
+        lines.append(f"{reason}: refused {len(rows):,} rows ({sources}), the first at {rows[0].file}:{rows[0].line}")
+    return lines
+
+
+# ---- files
+
+
+def _records(inputs: Paths, streaming: bool) -> Iterator[tuple[str, Path | None, int, str, object]]:
+    """File, its folder, line from 0, source by file name, and the parsed line (None: no JSON object) of every row."""
+    if is_hub_id(inputs) and hub_annotations(inputs) is None:
+        for number, record in enumerate(_hub_rows(inputs, streaming)):
+            yield str(inputs), None, number, str(inputs).split("/")[-1], record
+        return
+    shards = plan_shards(local_inputs(inputs))
+    total = sum({shard.file: shard.stamp[0] for shard in shards}.values())
+    with tqdm(total=total, unit="B", unit_scale=True, delay=2) as bar:
+        place = ""
+        for shard in shards:
+            if shard.place != place:
+                place, number, sources = shard.place, 0, kept_sources(shard)
+            bar.set_description(f"reading {shard.source}", refresh=False)  # a refresh would ignore `delay`
+            for block, lines in line_batches(shard):
+                bar.update(len(block))
+                for line in lines:
+                    source = sources[number] if number < len(sources) else shard.source
+                    if line.strip():
+                        yield place, Path(shard.file).parent, number, source, parse(line)
+                    number += 1
+            if sources:
+                check_kept_sources(shard.file, number, sources)
+
+
+def _write_arrow(rows: Iterable[dict]) -> tuple[Path, int]:
+    """Write rows to an Arrow file in the cache of `datasets`, named by its content, and count them."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_mprm"
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{uuid.uuid4().hex}.part"
+    schema, n_rows = FEATURES.arrow_schema, 0
+    try:
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for chunk in chunks(rows, 1000):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+                n_rows += len(chunk)
+        with open(part, "rb") as file:
+            path = folder / f"{hashlib.file_digest(file, 'blake2b').hexdigest()[:32]}.arrow"
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path, n_rows
+
+
+def chunks(rows: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` rows; the last one may be shorter."""
+    rows = iter(rows)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+# ---- images
+
+
+def find_images(record: dict, finder: ImageFinder) -> list[dict]:
+    """The images of a record as [`~datasets.Image`] stores them: a path, or bytes. Raises [`Refused`]."""
+    images = []
+    for image in image_list(record):
+        found = finder.look(image)
+        if isinstance(found, ImageRefused):
+            raise Refused(Reason(found.reason))
+        images.append({"path": found, "bytes": None} if isinstance(found, str) else {"path": None, "bytes": found})
+    return images
+
+
+def _hub_rows(repo_id: str, streaming: bool) -> Iterator[dict]:
+    rows = datasets.load_dataset(repo_id, split="train", streaming=streaming)
+    if streaming:
+        yield from rows if rows.features is None else map(_undecoded(rows.features).decode_example, rows.decode(False))
+        return
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        yield from map(_undecoded(rows.features).decode_example, table.to_pylist())
+
+
+def _undecoded(features: Features) -> Features:
+    """Images stay as they are stored, {"bytes", "path"}; columns of mixed types, stored as JSON, become what they are."""
+
+    def walk(feature: object) -> object:
+        if isinstance(feature, Image):
+            return Image(decode=False)
+        if isinstance(feature, List):
+            return List(walk(feature.feature))
+        return {name: walk(value) for name, value in feature.items()} if isinstance(feature, dict) else feature
+
+    return Features(walk(features))

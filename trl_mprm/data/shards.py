@@ -1,0 +1,384 @@
+"""
+The files of a corpus, in pieces that can be read one without the other.
+
+In, what a user names: a folder, a glob, an archive, files. Out, shards in corpus order:
+
+    raw/AI2D.jsonl (150 MB)        ->  Shard(0, "raw/AI2D.jsonl", None, 0, 16778020, "AI2D", ...), Shard(1, ...), ...
+    raw/DVQA.jsonl.zst             ->  Shard(3, "raw/DVQA.jsonl.zst", None, 0, None, "DVQA", ...)
+    annotations.zip, read in place ->  Shard(4, "annotations.zip", "annotations/GEOS.jsonl", 0, None, "GEOS", ...)
+
+A shard of a JSONL file begins and ends at a line end, one of a Parquet file is some of its row groups. What is
+compressed is one shard a file.
+"""
+
+import base64
+import glob
+import gzip
+import io
+import json
+import math
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .formats import READ_KEYS
+
+
+class HubRows(NamedTuple):
+    """The files of the split `train` of a dataset on the Hub: together one file, as `load_dataset` reads them."""
+
+    repo_id: str
+    files: list[Path]
+
+
+Paths = str | os.PathLike | HubRows | list[str | os.PathLike | HubRows]
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+BATCH = 2**18  # bytes read at once
+
+SHARD_BYTES = 2**24
+
+
+class Shard(NamedTuple):
+    """
+    Lines that stand together: bytes `start` to `stop` of a file, or all of it (`stop` None). Of a Parquet file, these
+    are bytes of its row groups, counted one group after the other.
+    """
+
+    index: int
+    file: str
+    member: str | None  # of a zip
+    start: int
+    stop: int | None
+    source: str  # by name
+    stamp: tuple[int, int]  # size and time of the last change when the shards were made
+    plan: str  # shards of one call of `plan_shards` have it in common
+    repo_id: str | None = None  # of a dataset on the Hub that these rows are of
+
+    @property
+    def place(self) -> str:
+        """What is read as one file: its lines are counted from its first one on."""
+        return self.repo_id or (self.file if self.member is None else f"{self.file}/{self.member}")
+
+
+def plan_shards(inputs: Paths, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+    """
+    Divide the files that `inputs` names into shards of about `shard_bytes`, in the order of the corpus.
+
+    Examples:
+    ```python
+    >>> import pathlib, tempfile
+    >>> from trl_mprm.data.shards import plan_shards
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "AI2D.jsonl"
+    >>> _ = file.write_bytes(b"{}\\n" * 10)
+    >>> [(shard.start, shard.stop) for shard in plan_shards(file, shard_bytes=16)]
+    [(0, 18), (18, 30)]
+
+    ```
+    """
+    shards: list[Shard] = []
+    places: dict[str, str] = {}
+    seen: dict[str, Path] = {}
+    plan = uuid.uuid4().hex
+    for item in inputs if isinstance(inputs, list) else [inputs]:
+        repo_id = item.repo_id if isinstance(item, HubRows) else None
+        for file in item.files if isinstance(item, HubRows) else input_files(item):
+            # In the cache of the Hub, files of the same content are links to one file
+            real = str(file) if repo_id else os.path.realpath(file)
+            if real in seen:
+                raise ValueError(
+                    f"expected each file once, got {file} after {seen[real]}, which is the same file: its rows would "
+                    "count twice, name it once"
+                )
+            seen[real] = file
+            stamp = _stamp(file)
+            for member in _members(file) if file.suffix == ".zip" else [None]:
+                source = source_name(member or file) if repo_id is None else repo_id.split("/")[-1]
+                shard = Shard(0, str(file), member, 0, None, source, stamp, plan, repo_id)
+                if (other := places.setdefault(source, shard.place)) != shard.place:
+                    raise ValueError(
+                        f"{other} and {shard.place} have one name, and the name is the source: rename one of them"
+                    )
+                for start, stop in _ranges(shard, shard_bytes):
+                    shards.append(shard._replace(index=len(shards), start=start, stop=stop))
+    return shards
+
+
+def _ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int | None]]:
+    file = Path(shard.file)
+    if file.suffix == ".parquet":
+        yield from _row_group_ranges(shard, shard_bytes)
+    # A file of several sources is told apart line by line, from its first line on
+    elif file.suffix != ".jsonl" or (shard.repo_id is None and (file.parent / "selection.json").is_file()):
+        yield 0, None
+    else:
+        yield from _line_ranges(file, shard.stamp[0], shard_bytes)
+
+
+def _line_ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int, int]]:
+    with open(file, "rb") as lines:
+        start = 0
+        while start < size:
+            lines.seek(min(start + shard_bytes, size) - 1)
+            lines.readline()
+            stop = lines.tell()
+            yield start, stop
+            start = stop
+        if size == 0:
+            yield 0, 0
+
+
+def input_files(name: str | os.PathLike) -> list[Path]:
+    """The files that a user names: those of a folder by name or its `annotations.zip`, matches of a glob, one file."""
+    path = Path(name)
+    if path.is_dir():
+        files = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(SUFFIXES) and not _aside(entry)]
+        archive = path / "annotations.zip"
+        files = files or [archive] * archive.is_file()
+    elif path.is_file():
+        files = [path]
+    elif glob.has_magic(str(name)):
+        files = [Path(match) for match in sorted(glob.glob(str(name), recursive=True)) if not _aside(Path(match))]
+    else:
+        raise FileNotFoundError(f"{name}: no such file or folder, and no dataset id (org/name) of the Hub")
+    if not files:
+        raise FileNotFoundError(f"{name}: expected *.jsonl files with rollouts, found none")
+    return files
+
+
+def _aside(path: PurePosixPath | Path) -> bool:
+    """What `trl-mprm select` could not use, and what macOS puts beside each file of an archive: no rollouts."""
+    return path.name == "refused.jsonl" or path.name.startswith("._") or "__MACOSX" in path.parts
+
+
+def source_name(path: str | os.PathLike) -> str:
+    """
+    The name of a file without its format: the source of its rows.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.data.shards import source_name
+    >>> source_name("raw/GeoQA+.v2.jsonl.gz"), source_name("annotations/AI2D.jsonl")
+    ('GeoQA+.v2', 'AI2D')
+
+    ```
+    """
+    path = PurePosixPath(str(path).replace("\\", "/"))
+    return PurePosixPath(path.stem).stem if path.suffix in (".gz", ".zst") else path.stem
+
+
+def _members(archive: Path) -> list[str]:
+    with _clear_errors(str(archive)), zipfile.ZipFile(archive) as members:
+        names = sorted(name for name in members.namelist() if name.endswith(".jsonl"))
+        names = [name for name in names if not _aside(PurePosixPath(name))]
+    if not names:
+        raise FileNotFoundError(f"{archive}: expected *.jsonl members with rollouts, found none")
+    return names
+
+
+# ---- reading
+
+
+def line_batches(shard: Shard) -> Iterator[tuple[bytes, list[bytes]]]:
+    """
+    The bytes of a shard, a few lines at a time, and these lines with their ends. Parquet rows come as lines of JSON,
+    with the fields of `READ_KEYS` alone.
+    """
+    if shard.file.endswith(".parquet"):
+        for records in _parquet_batches(shard, READ_KEYS):
+            lines = [_json_line(shard, record) for record in records]
+            yield b"".join(lines), lines
+        return
+    left, tail = (math.inf if shard.stop is None else shard.stop - shard.start), []
+    with open_shard(shard) as file:
+        while left > 0 and (block := file.read(min(BATCH, left))):
+            left -= len(block)
+            end = block.rfind(b"\n") + 1
+            if not end:
+                tail.append(block)
+                continue
+            if tail or end < len(block):
+                tail, block = [block[end:]], b"".join([*tail, block[:end]])
+            yield block, io.BytesIO(block).readlines()
+        if last := b"".join(tail):
+            yield last, [last]
+    check_unchanged(shard)
+
+
+def lines_at(shard: Shard, numbers: np.ndarray, length: np.ndarray) -> Iterator[tuple[bytes, bytes]]:
+    """
+    Some lines of a shard, each as `line_batches` gives it and whole (they differ for Parquet alone).
+
+    Args:
+        numbers (`np.ndarray`):
+            Of the lines, ascending.
+        length (`np.ndarray`):
+            Of all lines of the shard.
+    """
+    if shard.file.endswith(".parquet"):
+        for records in _parquet_batches(shard, numbers=numbers):
+            for record in records:
+                seen = {key: value for key, value in record.items() if key in READ_KEYS}
+                yield _json_line(shard, seen), _json_line(shard, record)
+        return
+    ends = np.cumsum(length, dtype=np.int64)
+    with open_shard(shard) as file:
+        place = 0
+        for end, size in zip(ends[numbers].tolist(), length[numbers].tolist(), strict=True):
+            file.seek(end - size - place, os.SEEK_CUR)  # reads on where the file is packed
+            line = file.read(size)
+            yield line, line
+            place = end
+    check_unchanged(shard)
+
+
+def check_unchanged(shard: Shard) -> None:
+    if _stamp(shard.file) != shard.stamp:
+        raise ValueError(f"{shard.file} changed while it was read: run again when nothing writes to it")
+
+
+def _stamp(file: str | os.PathLike) -> tuple[int, int]:
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns
+
+
+@contextmanager
+def open_shard(shard: Shard) -> Iterator[BinaryIO]:
+    """The bytes of a shard as a file, unpacked; a damaged archive is one clear error."""
+    with _clear_errors(shard.place), ExitStack() as stack:
+        if shard.member is not None:
+            file = stack.enter_context(zipfile.ZipFile(shard.file)).open(shard.member)
+        elif shard.file.endswith(".gz"):
+            file = gzip.open(shard.file)
+        elif shard.file.endswith(".zst"):
+            file = _Zstandard(pa.input_stream(shard.file, compression="zstd"))
+        else:
+            file = open(shard.file, "rb", buffering=0)
+        file = stack.enter_context(io.BufferedReader(file, 2**13))
+        if shard.start:
+            file.seek(shard.start)
+        yield file
+
+
+class _Zstandard(io.RawIOBase):
+    """A stream of pyarrow as Python's own readers want it: it can go forward, by reading."""
+
+    def __init__(self, stream: pa.NativeFile):
+        self.stream, self.place = stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        target = offset + (self.place if whence == os.SEEK_CUR else 0)
+        while self.place < target and (block := self.stream.read(min(BATCH, target - self.place))):
+            self.place += len(block)
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            block = self.stream.read(len(buffer))
+        except OSError as error:  # the way pyarrow says that a stream is cut short
+            raise EOFError(str(error)) from error
+        buffer[: len(block)] = block
+        self.place += len(block)
+        return len(block)
+
+
+@contextmanager
+def _clear_errors(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, pa.ArrowException, UnicodeError) as error:
+        raise ValueError(f"{place}: expected a whole file, and it is damaged ({error}): fetch it again") from error
+    except RuntimeError as error:  # of zipfile: a password, or a packing that this Python does not know
+        raise ValueError(
+            f"{place}: expected a zip that this Python can open, got {error}: unpack it yourself"
+        ) from error
+
+
+# ---- Parquet
+
+
+def _row_group_ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int]]:
+    with _open_parquet(shard) as file:
+        ends = _row_group_ends(file)
+    start = 0
+    for end, after in zip(ends, [*ends[1:], math.inf], strict=True):
+        if after - start > shard_bytes:
+            yield start, end
+            start = end
+    if not ends:
+        yield 0, 0
+
+
+def _row_group_ends(file: pq.ParquetFile) -> list[int]:
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    sizes = (sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups)
+    return list(accumulate(sizes))
+
+
+@contextmanager
+def _open_parquet(shard: Shard) -> Iterator[pq.ParquetFile]:
+    with _clear_errors(shard.file):
+        try:
+            with pq.ParquetFile(shard.file) as file:
+                yield file
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise EOFError(str(error)) from error  # the way pyarrow says that a page is broken
+
+
+def _parquet_batches(
+    shard: Shard, keys: Iterable[str] | None = None, numbers: np.ndarray | None = None
+) -> Iterator[list[dict]]:
+    """Rows of a shard, some at a time: all or those of `numbers`, with all columns or those of `keys`."""
+    with _open_parquet(shard) as file:
+        ends = _row_group_ends(file)
+        groups = [number for number, end in enumerate(ends) if shard.start < end <= shard.stop]
+        columns = None if keys is None else [name for name in file.schema_arrow.names if name in keys]
+        bytes_of_rows = sum(file.metadata.row_group(number).total_byte_size for number in groups)
+        n_rows = sum(file.metadata.row_group(number).num_rows for number in groups)
+        size = max(1, min(1000, 2**24 * n_rows // max(bytes_of_rows, 1)))  # rows with their pictures are large
+        first = 0
+        for batch in file.iter_batches(size, groups, columns):
+            after = first + len(batch)
+            if numbers is not None:
+                start, stop = np.searchsorted(numbers, [first, after])
+                batch = batch.take(pa.array(numbers[start:stop] - first))
+            first = after
+            yield batch.to_pylist()
+    check_unchanged(shard)
+
+
+def _json_line(shard: Shard, record: dict) -> bytes:
+    record = {key: value for key, value in record.items() if value is not None}
+    try:
+        return json.dumps(record, ensure_ascii=False, default=_as_text).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{shard.file}: expected rows that JSON can hold, got {error}: convert that column"
+        ) from error
+
+
+def _as_text(value: object) -> str:
+    """What JSON has no word for: bytes in base64, as [`~trl_mprm.data.images.ImageFinder`] reads them; a time, a decimal."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,253 @@
+"""
+One page on an evaluation, in one HTML file that loads nothing.
+
+In: the items of a [`Benchmark`], the lines of `scores.jsonl`, and the results:
+
+    {"id": "DynaMath:0", "labels": [1, -1], "scores": [0.97, 0.08], ...}
+
+Out: the overall figures, the sources, calibration, and single solutions: the picture, the question, and each step with
+its score in colour beside the human label, the first error marked. Sources and verdicts are filtered by CSS alone.
+"""
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from math import ceil
+from statistics import median
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from ..data.aggregates import AGGREGATES
+from .benchmarks import Benchmark
+from .metrics import CALIBRATION_BINS, calibration_bins
+
+
+MAX_CARDS = 60
+
+MAX_SOLUTIONS = 8  # of one question
+
+MAX_STEPS = 40
+
+MAX_TEXT = 1500
+
+MAX_IMAGES = 4
+
+THUMBNAIL = 400  # pixels on the longer side
+
+MAX_LISTED = 50  # refused records and failed items
+
+VERDICTS = {
+    "found": "first error found",
+    "clean": "no error, none reported",
+    "other": "error reported at another step",
+    "missed": "error missed",
+    "false": "false alarm",
+    "correct": "correct answer",
+    "wrong": "wrong answer",
+}
+
+GOOD_VERDICTS = ("found", "clean", "correct")
+
+
+def evaluation_page(
+    benchmark: Benchmark, records: Sequence[dict[str, Any]], results: dict[str, Any], model_name: str
+) -> str:
+    """
+    Render the page.
+
+    Args:
+        benchmark ([`Benchmark`]):
+            What was evaluated: questions, steps, images.
+        records (`Sequence[dict]`):
+            Lines of `scores.jsonl`.
+        results (`dict`):
+            What [`evaluate_model`] returned.
+        model_name (`str`):
+            Name of the model.
+
+    Returns:
+        `str`: HTML. At most 60 questions are shown, the same number of each source: half of them the worst judged,
+        half drawn by a hash of their name. Pictures are thumbnails within the file.
+    """
+    items = {item["id"]: item for item in benchmark.items}
+    scored = [record for record in records if record["scores"] is not None]
+    threshold = None if "pass_at_n" in results else _threshold(results)
+    cards = _cards([(items[record["id"]], record) for record in scored], threshold)
+    return (
+        _environment()
+        .get_template("evaluation.html")
+        .render(
+            model=model_name,
+            title=benchmark.title,
+            report=results["benchmark"],
+            results=results,
+            threshold=threshold,
+            sources=list(results["sources"].items()),
+            calibration=None if threshold is None else _calibration(scored),
+            cards=cards,
+            shown_sources=list(dict.fromkeys(card["source"] for card in cards)),
+            shown_verdicts=[name for name in VERDICTS if any(name in card["verdicts"] for card in cards)],
+            verdicts=VERDICTS,
+            good_verdicts=GOOD_VERDICTS,
+            n_questions=len({(record["source"], _question(record)) for record in scored}),
+            max_listed=MAX_LISTED,
+        )
+    )
+
+
+def _threshold(results: dict[str, Any]) -> float:
+    """The threshold of the run; the median of its folds where each fold has its own."""
+    threshold = results["threshold"]
+    return median(threshold) if isinstance(threshold, list) else threshold
+
+
+def _question(record: dict[str, Any]) -> str:
+    """Candidates of best-of-N share a card; other solutions have one each."""
+    return record["group"] if "correct" in record else record["id"]
+
+
+def _cards(pairs: list[tuple[dict, dict]], threshold: float | None) -> list[dict[str, Any]]:
+    questions: dict[str, dict[str, list[tuple[dict, dict]]]] = {}
+    for item, record in pairs:
+        questions.setdefault(record["source"], {}).setdefault(_question(record), []).append((item, record))
+    each = max(1, MAX_CARDS // max(1, len(questions)))
+    cards = []
+    for source in sorted(questions):
+        worst = sorted(questions[source], key=lambda name: -_misjudged(questions[source][name]))[: each // 2]
+        rest = [name for name in questions[source] if name not in worst]
+        drawn = sorted(rest, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[: each - len(worst)]
+        for name in [*worst, *drawn]:
+            cards.append(_card(questions[source][name], name in worst, threshold))
+    return cards[:MAX_CARDS]
+
+
+def _misjudged(pairs: list[tuple[dict, dict]]) -> float:
+    """Mean distance of scores from labels; of best-of-N, of the mean score from the correctness of the answer."""
+    distances = []
+    for _, record in pairs:
+        if "correct" in record:
+            distances.append(abs(AGGREGATES["mean"](record["scores"]) - record["correct"]))
+        else:
+            steps = zip(record["labels"], record["scores"], strict=True)
+            own = [abs((label == 1) - score) for label, score in steps if label != 0]
+            distances.append(sum(own) / len(own) if own else 0.0)
+    return sum(distances) / len(distances)
+
+
+def _card(pairs: list[tuple[dict, dict]], worst: bool, threshold: float | None) -> dict[str, Any]:
+    if "correct" in pairs[0][1]:
+        pairs = sorted(pairs, key=lambda pair: -AGGREGATES["mean"](pair[1]["scores"]))
+    item = pairs[0][0]
+    solutions = [_solution(own, record, threshold) for own, record in pairs]
+    return {
+        "name": _plain(item["id"] if len(pairs) == 1 else item["group"]),
+        "source": item["source"],
+        "policy_model": _plain(str(item.get("policy_model") or "")),
+        "prompt": _plain(item["prompt"]),
+        "images": [_thumbnail(path) for path in item["images"][:MAX_IMAGES]],
+        "more_images": max(0, len(item["images"]) - MAX_IMAGES),
+        "worst": worst,
+        "solutions": solutions[:MAX_SOLUTIONS],
+        "more_solutions": max(0, len(solutions) - MAX_SOLUTIONS),
+        "verdicts": {solution["verdict"] for solution in solutions[:1]},
+    }
+
+
+def _solution(item: dict[str, Any], record: dict[str, Any], threshold: float | None) -> dict[str, Any]:
+    labels, scores = record["labels"], record["scores"]
+    wrong = [index for index, label in enumerate(labels) if label == -1]
+    below = [index for index, score in enumerate(scores) if threshold is not None and score < threshold]
+    steps = [
+        {
+            "text": _plain(text),
+            "label": label,
+            "score": score,
+            "colour": _colour(score),
+            "first_error": bool(wrong) and index == wrong[0],
+            "reported": index in below,
+        }
+        for index, (text, label, score) in enumerate(zip(item["completions"], labels, scores, strict=True))
+    ]
+    return {
+        "steps": steps[:MAX_STEPS],
+        "more_steps": max(0, len(steps) - MAX_STEPS),
+        "verdict": _verdict(record, wrong, [index for index in below if labels[index] != 0]),
+        "mean": AGGREGATES["mean"](scores),
+    }
+
+
+def _verdict(record: dict[str, Any], wrong: list[int], below: list[int]) -> str:
+    if "correct" in record:
+        return "correct" if record["correct"] else "wrong"
+    if not wrong:
+        return "false" if below else "clean"
+    if not below:
+        return "missed"
+    return "found" if below[0] == wrong[0] else "other"
+
+
+def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Bins of the reliability diagram, and the distribution of scores of correct and of incorrect steps."""
+    labels, scores = ([record[key] for record in records] for key in ("labels", "scores"))
+    label, score = np.concatenate(labels), np.concatenate(scores)
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
+    shares = {}
+    for name, value in (("correct", 1), ("incorrect", -1)):
+        counts = np.histogram(score[label == value], bins=edges)[0]
+        shares[name] = (counts / max(1, counts.sum())).tolist()
+    bins = calibration_bins(labels, scores)
+    return {
+        "bins": [bin for bin in bins if bin["n_steps"]],
+        "most": max(1, *(bin["n_steps"] for bin in bins)),
+        "shares": shares,
+        "top": ceil(10 * max(0.1, *shares["correct"], *shares["incorrect"])) / 10,
+        "width": 1 / CALIBRATION_BINS,
+    }
+
+
+def _thumbnail(path: str) -> str | None:
+    """A data URI of at most some ten kilobytes, on white; `None` for a file that has become unreadable."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            layer = image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's broken PNG
+        return None
+    canvas = Image.new("RGB", layer.size, "white")
+    canvas.paste(layer, mask=layer.getchannel("A"))
+    data = io.BytesIO()
+    canvas.save(data, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _plain(text: str) -> str:
+    """Text without control characters, overrides of direction and lone surrogates, cut where it is very long."""
+    text = re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text
+    ).strip()
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def _colour(score: float) -> str:
+    """From bad over middling to good: two neighbours of these three colours, mixed by the browser."""
+    lower, upper, share = ("bad", "mid", 2 * score) if score < 0.5 else ("mid", "good", 2 * score - 1)
+    return f"color-mix(in oklab, var(--{upper}) {100 * share:.0f}%, var(--{lower}))"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("trl_mprm"),
+        autoescape=True,  # every text of the benchmark is escaped; the template never marks one as safe
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["points"] = lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f}"
+    return environment

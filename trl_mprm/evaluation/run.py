@@ -1,0 +1,287 @@
+"""
+Score a benchmark with a model, keep every score, and measure.
+
+An item of [`read_benchmark`] goes in:
+
+    {"id": "DynaMath:0", "images": ["/data/images/12.png"], "prompt": "How many tiles are red?",
+     "completions": ["A and C are red.", "So 3."], "labels": [1, -1], "source": "DynaMath", "group": "5f0c...",
+     "policy_model": "GPT-4o"}
+
+and a line of `scores.jsonl` comes out, from which every measure can be computed again without a model:
+
+    {"id": "DynaMath:0", "source": "DynaMath", "group": "5f0c...", "policy_model": "GPT-4o", "labels": [1, -1],
+     "scores": [0.97, 0.08]}
+
+An item that cannot be scored has `"scores": null` and its `error`.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..files import atomic_output, write_json
+from ..scoring import ProcessRewardModel
+from .benchmarks import Benchmark, read_benchmark
+from .metrics import best_of_n_metrics, paired_bootstrap, prmbench_scores, step_metrics
+
+
+KEPT_COLUMNS = ("id", "source", "group", "policy_model", "labels", "correct")
+
+CHUNK_BATCHES = 4
+
+
+def evaluate_model(
+    model: "ProcessRewardModel",
+    benchmark: Benchmark | str | os.PathLike,
+    threshold: float | str = "held_out",
+    batch_size: int = 8,
+    output_dir: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """
+    Score every item of a benchmark and measure the scores.
+
+    An interrupted run continues where it stopped when it is started again with the same model, items and batch size,
+    and then gives the same files to the byte. Under `accelerate launch` the items are shared between the processes,
+    all of which must call this.
+
+    Args:
+        model ([`ProcessRewardModel`]):
+            Or any object with its `score_batch(rows, batch_size=...)`.
+        benchmark ([`Benchmark`], `str` or `os.PathLike`):
+            From [`read_benchmark`], or a path for it.
+        threshold (`float` or `str`, *optional*, defaults to `"held_out"`):
+            See [`~metrics.step_metrics`]; best-of-N has none.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Rows scored at once.
+        output_dir (`str` or `os.PathLike`, *optional*):
+            Folder for `scores.jsonl` (one line per item: id, source, group, policy model, labels, scores) and
+            `results.json` (what is returned).
+
+    Returns:
+        `dict`: the metrics of [`~metrics.step_metrics`], or of [`~metrics.best_of_n_metrics`] for best-of-N, and under
+        `"benchmark"` what was read, refused and peculiar, and the items that `failed`, each with its error. PRMBench
+        adds its own scores under `"prmbench"`.
+
+    Raises:
+        `ValueError`: no item could be scored, or see [`read_benchmark`] and [`~metrics.step_metrics`].
+    """
+    from accelerate import PartialState
+
+    from ..scoring import ProcessRewardModel
+
+    benchmark = benchmark if isinstance(benchmark, Benchmark) else read_benchmark(benchmark)
+    items = benchmark.items
+    # A dry run with scores of 0.5: what cannot be measured fails here, not after hours of scoring.
+    measure([{**item, "scores": [0.5] * len(item["labels"])} for item in items], threshold, n_resamples=0)
+    if isinstance(model, ProcessRewardModel) and not model.reads_images and all(item["images"] for item in items):
+        raise ValueError(
+            f"all {len(items)} items have images, and this model, or its step_format, reads none: "
+            "use a vision-language model, or a benchmark of text (processbench, prmbench)"
+        )
+    folder = None if output_dir is None else Path(output_dir)
+    records = score_items(model, items, batch_size, folder)
+    failed = [{"id": record["id"], "error": record["error"]} for record in records if record["scores"] is None]
+    state = PartialState()
+    if state.is_main_process:
+        if failed:
+            first = "{id}: {error}".format(**failed[0])
+            if len(failed) == len(items):
+                raise ValueError(f"none of {len(items)} items could be scored; first, {first}")
+            warnings.warn(f"{len(failed)} of {len(items)} items could not be scored; first, {first}", stacklevel=2)
+        results = {**measure(records, threshold), "benchmark": {**benchmark.report, "failed": failed}}
+        if benchmark.name == "prmbench":
+            results["prmbench"] = prmbench_scores(results)
+        if folder is not None:
+            with atomic_output(folder / "scores.jsonl") as part:
+                part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            write_json(results, folder / "results.json")
+            for part in folder.glob(".scores.jsonl.*.part"):
+                part.unlink()
+    state.wait_for_everyone()
+    return results if state.is_main_process else json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def score_items(
+    model: "ProcessRewardModel", items: Sequence[dict[str, Any]], batch_size: int = 8, folder: Path | None = None
+) -> list[dict[str, Any]]:
+    """
+    Score items chunk by chunk; with a `folder` the scores outlive the process, and processes share the work.
+
+    A chunk holds whole questions, at least four batches. Its records are appended to
+    `.scores.jsonl.{fingerprint}.{process}.part` in one write, and a chunk that is not there to its last record is
+    scored anew. Chunks are the same whatever was interrupted and however many processes there are, and so are the
+    batches, hence the scores. The fingerprint covers weights, items and batch size. Several machines need one common
+    folder.
+
+    Returns:
+        `list[dict]`: a record for each item, in their order: id, source, group, policy model, labels, scores; `scores`
+        is `None` beside an `error` for an item that cannot be scored.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if folder is None and state.num_processes > 1:
+        raise ValueError(f"{state.num_processes} processes need a folder to bring their scores together: set --output")
+    done: dict[str, dict] = {}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = f".scores.jsonl.{_fingerprint(model, items, batch_size)}"
+        done = _read_parts(folder, parts)
+        own = folder / f"{parts}.{state.process_index}.part"
+        if own.is_file():  # a write that was cut short has no newline at its end
+            with open(own, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        state.wait_for_everyone()  # nobody writes before everybody has read
+    scored = {name for name, record in done.items() if record["scores"] is not None}  # what failed is tried again
+    chunks = [chunk for chunk in _chunks(items, batch_size) if not scored.issuperset(item["id"] for item in chunk)]
+    mine = chunks[state.process_index :: state.num_processes]
+    with tqdm(total=sum(map(len, mine)), desc="scoring", unit="item", delay=2, disable=state.process_index > 0) as bar:
+        for chunk in mine:
+            outcomes = _score_chunk(model, chunk, batch_size)
+            records = [_record(item, outcome) for item, outcome in zip(chunk, outcomes, strict=True)]
+            done |= {record["id"]: record for record in records}
+            if folder is not None:
+                with open(own, "ab") as file:
+                    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+            bar.update(len(chunk))
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        done = _read_parts(folder, parts)
+        state.wait_for_everyone()  # nobody tidies up before everybody has read
+    return [done[item["id"]] for item in items]
+
+
+def _chunks(items: Sequence[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Items of one question stay together, as their prefix is computed once."""
+    questions: dict[str, list[dict]] = {}
+    for item in items:
+        questions.setdefault(item["group"], []).append(item)
+    chunk: list[dict] = []
+    for question in questions.values():
+        chunk += question
+        if len(chunk) >= CHUNK_BATCHES * batch_size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _score_chunk(model: "ProcessRewardModel", chunk: list[dict], batch_size: int) -> list[list[float] | str]:
+    """Scores of each item, or its error: a chunk that cannot be scored is halved until the bad item stands alone."""
+    rows = [
+        {**{key: item[key] for key in ("images", "prompt", "completions")}, "rollout_id": item["id"]} for item in chunk
+    ]
+    try:
+        scores = model.score_batch(rows, batch_size=batch_size)
+    except Exception as error:  # whatever one item brings about, memory running out too, the others are scored
+        if len(chunk) == 1:
+            text = " ".join(str(error).split())
+            plain = text and isinstance(error, ValueError | OSError)
+            return [text if plain else f"{type(error).__name__}: {text}".rstrip(": ")]
+        half = len(chunk) // 2
+        return [outcome for part in (chunk[:half], chunk[half:]) for outcome in _score_chunk(model, part, batch_size)]
+    if len(scores) != len(rows):
+        raise ValueError(f"the model scored {len(scores)} rows, expected {len(rows)}: one list of scores per row")
+    return [_checked([float(score) for score in own], item) for own, item in zip(scores, chunk, strict=True)]
+
+
+def _checked(scores: list[float], item: dict[str, Any]) -> list[float] | str:
+    if len(scores) == len(item["labels"]) and all(0 <= score <= 1 for score in scores):
+        return scores
+    return f"expected {len(item['labels'])} scores in [0, 1], one per step, got {scores}"
+
+
+def _record(item: dict[str, Any], outcome: list[float] | str) -> dict[str, Any]:
+    kept = {key: item[key] for key in KEPT_COLUMNS if key in item}
+    return {**kept, "scores": None, "error": outcome} if isinstance(outcome, str) else {**kept, "scores": outcome}
+
+
+def _read_parts(folder: Path, parts: str) -> dict[str, dict]:
+    records = {}
+    for file in folder.glob(f"{parts}.*.part"):
+        for line in file.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                record = json.loads(line)
+                if record["scores"] is not None or record["id"] not in records:
+                    records[record["id"]] = record
+    return records
+
+
+def _fingerprint(model: "ProcessRewardModel", items: Sequence[dict[str, Any]], batch_size: int) -> str:
+    """Hash of the first values of every weight, of the items (`group` stands for their images) and of the batch size."""
+    from ..scoring import ProcessRewardModel
+
+    digest = hashlib.sha256(f"{type(model).__qualname__} {batch_size}".encode())
+    if isinstance(model, ProcessRewardModel):
+        digest.update(repr(model.step_format).encode())
+        for name, weight in model.model.state_dict().items():
+            first = [] if weight.is_meta else weight.flatten()[:8].float().cpu().tolist()
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first}".encode())
+    for item in items:
+        digest.update(json.dumps([item[key] for key in ("id", "group", "prompt", "completions", "labels")]).encode())
+    return digest.hexdigest()[:16]
+
+
+def recompute_metrics(scores_file: str | os.PathLike, threshold: float | str = "held_out") -> dict[str, Any]:
+    """Measure a `scores.jsonl` of [`evaluate_model`] again, without a model, with any threshold."""
+    return measure(read_scores(scores_file), threshold)
+
+
+def read_scores(scores_file: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read the records of a `scores.jsonl`. Raises `ValueError` with the line that is none."""
+    if not Path(scores_file).is_file():
+        raise FileNotFoundError(f"{scores_file}: no such file; expected a scores.jsonl written by `evaluate`")
+    records = []
+    for number, line in enumerate(Path(scores_file).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            for key in ("labels", "scores", "source", "group"):
+                record[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{scores_file}, line {number}: expected a JSON object with labels, scores, source, group ({error!r})"
+            ) from error
+        records.append(record)
+    return records
+
+
+def compare_models(
+    scores_file: str | os.PathLike, other_file: str | os.PathLike, threshold: float | str = "held_out"
+) -> dict[str, dict]:
+    """
+    Test whether two models differ on the items that both scored: [`~metrics.paired_bootstrap`] of two `scores.jsonl`.
+
+    Raises `ValueError` where an item has other labels in the other file, or no item is in both.
+    """
+    records = {record["id"]: record for record in read_scores(scores_file) if record["scores"] is not None}
+    pairs = []
+    for other in read_scores(other_file):
+        record = records.get(other["id"])
+        if record is not None and other["scores"] is not None:
+            if record["labels"] != other["labels"]:
+                raise ValueError(
+                    f"item {other['id']} has other labels in {other_file} than in {scores_file}: "
+                    "expected two models on one benchmark"
+                )
+            pairs.append((record["labels"], record["scores"], other["scores"], record["source"], record["group"]))
+    if not pairs:
+        raise ValueError(f"no item of {other_file} is in {scores_file}: expected two models on one benchmark")
+    return paired_bootstrap(*zip(*pairs, strict=True), threshold=threshold)
+
+
+def measure(records: Sequence[dict[str, Any]], threshold: float | str, **kwargs: Any) -> dict[str, Any]:
+    """Measure what was scored; a question of best-of-N counts only with all of its candidates."""
+    failed = {record["group"] for record in records if record["scores"] is None}
+    if all("correct" in record for record in records):
+        records = [record for record in records if record["group"] not in failed]
+        columns = ([record[key] for record in records] for key in ("correct", "scores", "group", "source"))
+        return best_of_n_metrics(*columns, **kwargs)
+    records = [record for record in records if record["scores"] is not None]
+    columns = ([record[key] for record in records] for key in ("labels", "scores", "source", "group"))
+    return step_metrics(*columns, threshold=threshold, **kwargs)

@@ -1,0 +1,123 @@
+"""
+The layout of question and steps, where a step is read, and which two tokens tell good from bad.
+
+Saved beside the weights as `process_reward_config.json`:
+
+    {"marker": "<prm>", "reward_tokens": ["Yes", "No"], "joiner": "\\n\\n", "messages": null, "answer": null, "head": null}
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ..files import write_json
+
+
+class StepIds(NamedTuple):
+    """Token ids of a [`StepFormat`] in one tokenizer."""
+
+    marker: list[int]
+    good: int
+    bad: int
+    joiner: list[int]
+
+
+@dataclass(frozen=True)
+class StepFormat:
+    """
+    How question and steps are laid out, where a step is read, and what tells good from bad; saved beside the weights.
+
+    Args:
+        marker (`str`, *optional*, defaults to `"<prm>"`):
+            Text after every step. The reward of a step is read at its last token.
+        reward_tokens (`tuple[str, str]`, *optional*, defaults to `("Yes", "No")`):
+            Tokens for a good and a bad step. P(step good) is the softmax over their two logits.
+        joiner (`str`, *optional*, defaults to a blank line):
+            Text between one marker and the next step.
+        messages (`tuple[tuple[str, str], ...]`, *optional*):
+            Layout of a checkpoint that was not trained by us: pairs of role and text. `<image>` in a text stands for
+            the images, `{question}` for the question, `{steps}` for the steps with their markers, `{step}` for the
+            first step where every step is a turn of its own (see `answer`). The role `""` means plain text without
+            chat template; without `{steps}` or `{step}` the steps follow the messages as tokens. Defaults to our own:
+            images and question in the user turn, steps in the assistant turn.
+        answer (`str`, *optional*):
+            What the assistant says to each step, in a layout of turns. A step is read at the token before it.
+        head (`str`, *optional*):
+            Name of the classification head in the checkpoint, as `"score"`, where not the language-model head but a
+            head of one output (sigmoid) or two (softmax, the second is good) gives the reward.
+        loss_type (`str`, *optional*, defaults to `"hard"`):
+            Loss of the training; `"beta_binomial"` teaches the marker's own logit the concentration of the score.
+    """
+
+    marker: str = "<prm>"
+    reward_tokens: tuple[str, str] = ("Yes", "No")
+    joiner: str = "\n\n"
+    messages: tuple[tuple[str, str], ...] | None = None
+    answer: str | None = None
+    head: str | None = None
+    loss_type: str = "hard"
+
+    FILE_NAME = "process_reward_config.json"
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the layout has a place for images."""
+        return self.messages is None or any("<image>" in text for _, text in self.messages)
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> StepIds:
+        """Look the tokens up. Raises `ValueError` where the tokenizer lacks the marker or splits a reward token."""
+        marker = tokenizer.encode(self.marker, add_special_tokens=False) if self.marker else []
+        # Some published markers are plain text (a line end); those in angle brackets are one token each.
+        one_token = self.messages is None or re.fullmatch(r"<\S+>", self.marker)
+        if one_token and (len(marker) != 1 or marker[0] == tokenizer.unk_token_id):
+            do = "train with ProcessRewardTrainer first, or name a marker that the tokenizer has"
+            if self.messages is not None:
+                do = "name the step_format that this checkpoint was trained on"
+            raise ValueError(f"the tokenizer has no marker token {self.marker!r}: {do}")
+        joiner = tokenizer.encode(self.joiner, add_special_tokens=False) if self.joiner else []
+        if self.head is not None:  # the two columns of [`~modeling.StepClassifier`]
+            return StepIds(marker, 1, 0, joiner)
+        reward = [tokenizer.encode(token, add_special_tokens=False) for token in self.reward_tokens]
+        for token, ids in zip(self.reward_tokens, reward, strict=True):
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"reward token {token!r} is {len(ids)} tokens of this tokenizer ({ids}), expected one it knows: "
+                    "set reward_tokens to two words that are one token each"
+                )
+        if reward[0] == reward[1]:
+            raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two different tokens")
+        return StepIds(marker, reward[0][0], reward[1][0], joiner)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        write_json(asdict(self), Path(folder) / self.FILE_NAME)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "StepFormat":
+        """Read the format of a trained checkpoint. Raises `FileNotFoundError` where it is none of ours."""
+        path = Path(folder) / cls.FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {cls.FILE_NAME}: expected a checkpoint saved by ProcessRewardTrainer; "
+                "name the step_format of a published one"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            messages = values.get("messages")
+            return cls(
+                values["marker"],
+                tuple(values["reward_tokens"]),
+                values["joiner"],
+                messages and tuple((role, text) for role, text in messages),
+                values.get("answer"),
+                values.get("head"),
+                values.get("loss_type", "hard"),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected marker, reward_tokens and joiner ({error!r}): save it again"
+            ) from error

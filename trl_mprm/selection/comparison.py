@@ -1,0 +1,117 @@
+"""
+Table 1 of the paper (arXiv 2602.04145) for the corpus at hand: what each rule would keep, side by side.
+
+In, annotated rollouts, as [`~trl_mprm.load_rollouts`] takes them. Out, for full data and for each rule, e.g. the paper's
+own corpus and its fraction of 25%:
+
+    {"rollouts": 565096, "steps": 3174394, "steps_per_rollout": 5.62, "words_per_step": 27.8, "error_step_share": 0.0357,
+     "mean_mc": 0.8566, "mixed_share": 0.0767, "mean_group_size": ...}
+
+The corpus is read once, a few bytes a rollout are remembered, and every rule cuts these. No text is kept.
+"""
+
+import os
+
+import numpy as np
+
+from ..data.hub import local_inputs
+from ..data.shards import Paths, Shard, plan_shards
+from .engine import find_engine
+from .files import column_of
+from .report import describe
+from .rules import RULES, check_cut
+from .threshold import Cut, Scores, Summary, find_cut, kept_rows, merge, settle, summarize
+
+
+# The rows of the paper's Table 1 and one more: what they are in `compare_rules`, and how they are printed.
+METRICS = {
+    "rollouts": ("rollouts", ","),
+    "reasoning steps": ("steps", ","),
+    "steps a rollout": ("steps_per_rollout", ".2f"),
+    "words a step": ("words_per_step", ".1f"),
+    "error-step ratio": ("error_step_share", ".2%"),
+    "mean MC score a step": ("mean_mc", ".4f"),
+    "mixed rollouts": ("mixed_share", ".2%"),
+    "rollouts a group": ("mean_group_size", ".2f"),
+}
+
+
+def compare_rules(
+    inputs: Paths,
+    *,
+    fraction: float,
+    alpha: float = 0.05,
+    ties: str = "first",
+    seed: int = 0,
+    by: str = "source",
+    image_root: str | os.PathLike | None = None,
+    drop_answer_step: bool = False,
+    engine: str = "local",
+) -> dict[str, dict]:
+    """
+    Describe full data and what each of the five rules keeps of it.
+
+    The arguments are those of [`~trl_mprm.selection.files.select_files`]: each rule keeps the rollouts that it keeps there.
+
+    Returns:
+        `dict`: `full data` and the names of the rules to what [`comparison_table`] shows: `rollouts`, `steps` (measured
+        ones), `steps_per_rollout`, `words_per_step`, `error_step_share` (steps with a Monte Carlo score of 0), `mean_mc`
+        (of a step), `mixed_share` (rollouts with good and bad steps), `mean_group_size` (rollouts that share an image
+        and a question).
+
+    Examples:
+    ```python
+    >>> import json, pathlib, tempfile
+    >>> from trl_mprm.selection.comparison import compare_rules
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "toy.jsonl"
+    >>> rows = [{"prompt": "?", "completions": ["one two", "three"], "labels": labels} for labels in ([1, 1], [0.5, 0])]
+    >>> _ = file.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    >>> table = compare_rules(file, fraction=0.5, alpha=0.2)
+    >>> table["full data"]["mixed_share"], table["bis"]["mixed_share"], table["reliable"]["mixed_share"]
+    (0.5, 1.0, 0.0)
+
+    ```
+    """
+    check_cut(fraction, ties, alpha=alpha, seed=seed)
+    parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed, "by": column_of(by)}
+    table = {}
+    with find_engine(engine)(plan_shards(local_inputs(inputs)), image_root, drop_answer_step, words=True) as run:
+        summary = merge(run.summaries())
+        for rule in RULES:
+            cut = find_cut(summary, rule, **parameters, images_required=image_root is not None)
+            if not cut.valid.any():
+                raise ValueError(f"{inputs}: no row can be used: select without --compare tells why")
+            while not cut.settled:
+                cut = settle(cut, run.ties(cut))
+            kept, words, all_words = zip(*run.map(_kept, cut), strict=True)
+            table.setdefault("full data", _describe(summary, cut, sum(all_words)))
+            table[rule] = _describe(merge(kept), cut, sum(words))
+    return table
+
+
+def comparison_table(table: dict[str, dict]) -> list[list]:
+    """What [`compare_rules`] returns as rows, the header first: a column for each rule, as in the paper."""
+    header = ["", *table]
+    return [
+        header,
+        *([label, *(f"{row[key]:{style}}" for row in table.values())] for label, (key, style) in METRICS.items()),
+    ]
+
+
+def _kept(shard: Shard, scores: Scores, cut: Cut) -> tuple[Summary, int, int]:
+    """Of a shard: the summary of the kept rows, the words of their steps, and those of all usable rows."""
+    rows = kept_rows(scores, cut)
+    usable = np.append(scores.kinds["reason" if cut.check_images else "unread"] < 0, False)[scores.kind]
+    return summarize(scores, rows), *(int(scores.words[some].sum(dtype=np.int64)) for some in (rows, usable))
+
+
+def _describe(summary: Summary, cut: Cut, words: int) -> dict:
+    numbers = describe(summary, cut.check_images)
+    rollouts, steps = numbers.pop("n"), numbers.pop("n_steps")
+    counts = {
+        "rollouts": rollouts,
+        "steps": steps,
+        "steps_per_rollout": steps / rollouts,
+        "words_per_step": words / steps,
+    }
+    return counts | numbers

@@ -1,0 +1,71 @@
+"""The card of a data set of kept rows."""
+
+from importlib.metadata import version
+from pathlib import Path
+from shlex import join
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from ..data.hub import is_hub_id
+
+
+CARD = Path(__file__).parents[1] / "templates" / "dataset_card.md"
+
+RULE_TEXTS = {
+    "bis": "the highest Balanced-Information Score, (p_pos (1 - p_pos) + alpha) R",
+    "random": "at random",
+    "mixed": "rollouts with good and bad steps first, the rest at random",
+    "reliable": "the highest mean score of the positive steps (R)",
+    "low_mc": "the lowest mean score",
+}
+
+SHARES = (
+    ("share of mixed rollouts", "mixed_share"),
+    ("share of steps with score 0", "error_step_share"),
+    ("mean score of a step", "mean_mc"),
+    ("rollouts of an image and a question", "mean_group_size"),
+)
+
+
+def dataset_card(repo_id: str, report: dict, license: str | None = None) -> DatasetCard:
+    """
+    The card of a selection: rule, parameters, counts by source and by reason, and how to build it again.
+
+    Args:
+        repo_id (`str`):
+            Name on the Hub.
+        report (`dict`):
+            What `selection.json` holds.
+        license (`str`, *optional*):
+            Of the rollouts.
+    """
+    hub_ids = [item for item in report["inputs"] if is_hub_id(item)]
+    words = ["trl-mprm", "select", *report["inputs"], "--rule", report["rule"], "--fraction", str(report["fraction"])]
+    words += [] if report["alpha"] is None else ["--alpha", str(report["alpha"])]
+    words += ["--by", "corpus"] if report["by"] == "corpus" else []
+    words += ["--ties", report["ties"], "--seed", str(report["seed"])]
+    words += ["--drop-answer-step"] if report["drop_answer_step"] else []
+    data = DatasetCardData(
+        license=license,
+        task_categories=["image-text-to-text"],
+        tags=["process-reward-model", "trl-mprm"],
+        source_datasets=hub_ids or None,
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+    )
+    return DatasetCard.from_template(
+        data,
+        template_path=CARD,
+        name=repo_id,
+        report=report,
+        rows=[*report["sources"].items(), ("all", report["total"])],
+        rule=RULE_TEXTS.get(report["rule"], "the highest first"),
+        part="the whole corpus" if report["by"] == "corpus" else "each source",
+        shares=SHARES,
+        dataset_ids=[_with_revision(item, report.get("input_revisions", {}).get(item)) for item in hub_ids],
+        version=version("trl-mprm"),
+        command=join([*words, "--output", "kept"]),
+    )
+
+
+def _with_revision(repo_id: str, revision: str | None) -> str:
+    return f"[{repo_id}](https://huggingface.co/datasets/{repo_id})" + (f" (commit {revision})" if revision else "")

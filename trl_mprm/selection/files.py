@@ -1,0 +1,142 @@
+"""Select from files to files."""
+
+import logging
+import os
+from pathlib import Path
+
+from ..data.hub import local_inputs
+from ..data.shards import Paths, plan_shards
+from .engine import find_engine
+from .report import build_report, describe_refused
+from .rules import check_cut
+from .threshold import find_cut, merge, settle
+from .writer import Outputs, room_left, work_folder
+
+
+logger = logging.getLogger(__name__)
+
+
+def select_files(
+    inputs: Paths,
+    output: str | os.PathLike,
+    rule: str = "bis",
+    *,
+    fraction: float,
+    alpha: float = 0.05,
+    ties: str = "first",
+    seed: int = 0,
+    by: str = "source",
+    image_root: str | os.PathLike | None = None,
+    drop_answer_step: bool = False,
+    strict: bool = False,
+    save_to_disk: bool = False,
+    push_to_hub: str | None = None,
+    license: str | None = None,
+    engine: str = "local",
+    page: str | os.PathLike | None = None,
+) -> dict:
+    """
+    Select from files to files: the rows that [`select`] keeps of [`load_rollouts`], in their own format.
+
+    Writes, each whole or not at all, the kept rows, `selection.json` beside them, and `refused.jsonl` (file, line,
+    reason) if a row was refused. `*.jsonl` takes the kept lines as they are, byte by byte; `*.parquet` takes them in
+    the row type of [`load_rollouts`], with further fields as text; any other name is a folder with one JSONL file for
+    each input file. A run that is killed leaves nothing under these names, and a later one gives the same bytes.
+
+    Args:
+        inputs (`str`, path, or `list` of paths):
+            As in [`load_rollouts`].
+        output (`str` or path):
+            `*.jsonl`, `*.parquet`, or a folder.
+        by (`str`, *optional*, defaults to `"source"`):
+            `"source"`: the top fraction of each source; `"corpus"`: of all rows together.
+        image_root (`str` or path, *optional*):
+            Folder of the images. Defaults to the folder of each file; if not one image is found there, the annotations
+            came without them, and images are not checked (the report says so).
+        drop_answer_step (`bool`, *optional*, defaults to `False`):
+            Take a last step that states the final answer for not measured. JSONL lines stay as they are: pass the same
+            to [`load_rollouts`].
+        strict (`bool`, *optional*, defaults to `False`):
+            Raise at the first refused row, and write nothing.
+        save_to_disk (`bool`, *optional*, defaults to `False`):
+            Make `output` a folder for `datasets.load_from_disk`.
+        push_to_hub (`str`, *optional*):
+            Also publish the kept rows, with their images and a card, as this dataset of the Hub.
+        license (`str`, *optional*):
+            Licence on that card, as a Hub identifier. Defaults to that of the source, where it is a dataset on the Hub.
+        engine (`str`, *optional*, defaults to `"local"`):
+            `"local"`: a process for each core; `"ray"`: the workers of a Ray cluster. Both give the same bytes.
+        page (`str` or path, *optional*):
+            Also write one HTML page about the selection there, see [`~trl_mprm.selection.page`].
+
+    Returns:
+        `dict`: The content of `selection.json`. [`report_table`] makes table rows of it.
+
+    Examples:
+    ```python
+    >>> import json, pathlib, tempfile
+    >>> from trl_mprm.selection.files import select_files
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> rows = [{"prompt": "?", "completions": ["a", "b"], "labels": labels} for labels in ([1, 1], [1, 0], ["1", 0])]
+    >>> _ = (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    >>> report = select_files(folder / "toy.jsonl", folder / "kept", fraction=0.5)
+    >>> print((folder / "kept" / "toy.jsonl").read_text().strip())
+    {"prompt": "?", "completions": ["a", "b"], "labels": [1, 0]}
+    >>> report["total"]["read"], report["total"]["refused"], report["total"]["kept"]
+    (3, {'score_not_a_number': 1}, 1)
+
+    ```
+    """
+    check_cut(fraction, ties, rule, alpha, seed)
+    by = column_of(by)
+    shards = plan_shards(local_inputs(inputs))
+    outputs = Outputs(Path(output), shards, inputs, save_to_disk, image_root, page)
+
+    with find_engine(engine)(shards, image_root, drop_answer_step) as run:
+        summary = merge(run.summaries(strict))
+        cut = find_cut(
+            summary,
+            rule,
+            fraction=fraction,
+            alpha=alpha,
+            ties=ties,
+            seed=seed,
+            by=by,
+            images_required=image_root is not None,
+        )
+        refused = describe_refused(summary, cut)
+        if strict and refused:
+            raise ValueError(f"{inputs}: {refused[0]}, and strict allows none")
+        for line in refused:
+            logger.warning(line)
+        if not cut.check_images:
+            logger.warning("%s: not one image of these rollouts is on this disk: selecting without them", inputs)
+        if not cut.valid.any():
+            raise ValueError(f"{inputs}: no row can be used. {'; '.join(refused) or 'No rows at all.'}")
+        while not cut.settled:
+            cut = settle(cut, run.ties(cut))
+        outputs.folder.mkdir(parents=True, exist_ok=True)
+        with room_left(outputs.folder), work_folder(outputs.folder) as parts:
+            emitted = run.emit(cut, parts)
+            kept = merge(part.summary for part in emitted)
+            report = build_report(cut, summary, kept) | {
+                "inputs": outputs.inputs,
+                "images": "checked" if cut.check_images else "not checked",
+                "drop_answer_step": drop_answer_step,
+            }
+            text = None
+            if page is not None:
+                from .page import draw_selection_report
+
+                text = draw_selection_report(report, summary, kept, cut, run, alpha)
+            outputs.write(report, emitted, parts, text)
+            if push_to_hub is not None:
+                outputs.push_to_hub(push_to_hub, report, emitted, parts, license)
+    return report
+
+
+def column_of(by: str) -> str | None:
+    """What `--by` says, for [`~trl_mprm.selection.threshold.find_cut`]."""
+    if by not in ("source", "corpus"):
+        raise ValueError(f'by must be "source" (each is cut on its own) or "corpus" (all rows together), got {by!r}')
+    return None if by == "corpus" else by

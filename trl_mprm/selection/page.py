@@ -1,0 +1,335 @@
+"""
+One page that shows what a selection kept: a self-contained HTML file, no script, nothing from the network.
+
+In, the report of `trl-mprm select` (as `selection.json` holds it), how many rollouts of each kind there were and were
+kept (the summaries of the core), and a few rollouts to read:
+
+    {"rule": "bis", "fraction": 0.1, "total": {"read": 8000, "kept": 798, ...}, "sources": {"Geometry3K": {...}}}
+    4,083 rollouts of 5 steps, 5 positive, sum 5.0, of them 310 kept; 12 of 4 steps, 2 positive, sum 1.5, all kept; ...
+    {"rollout_id": "Geometry3K:0", "prompt": "Find x.", "completions": ["x = 5."], "mc_scores": [0.125], ...}
+
+Out: the distribution of BIS; mixture p_pos (1 - p_pos) against reliability R, the kept region shaded; the kept share,
+the cut and its ties by source; kept and dropped rollouts with their steps coloured by Monte Carlo score. All drawing is
+inline SVG. The scatter is a histogram of at most 520 cells, so the page is as small for ten million rollouts as for ten.
+"""
+
+import re
+from math import log, log10
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..data.formats import parse, to_row
+from ..data.rows import image_list, own_text
+from ..data.shards import Shard, lines_at
+from .bis import score_of_sums
+from .engine import LocalRun
+from .threshold import Cut, Scores, Summary, kept_rows
+
+
+# Drawing areas of the two charts, in units of the SVG.
+WIDTH, HISTOGRAM_HEIGHT, REGION_HEIGHT = 780, 220, 400
+
+BINS, MIXTURE_CELLS, RELIABILITY_CELLS = 60, 26, 20
+
+# What is shown of a corpus with many sources, and of a long rollout.
+N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP, MAX_NAME = 10, 100, 400, 10, 300, 90
+
+
+def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut, run: "LocalRun", alpha: float) -> str:
+    """
+    The page of a selection, while the scores of its shards are at hand; see [`~trl_mprm.selection.files.select_files`].
+
+    The rollouts to read are drawn with the seed of the selection: the same ones for every engine and any number of
+    shards.
+    """
+    counts = run.map(bis_counts, cut, alpha)
+    wanted, order = {}, {"kept": [], "dropped": []}
+    for name, places in order.items():
+        values, numbers = zip(*(part[name] for part in counts), strict=True)
+        for shard, *place in draw(values, numbers, N_EXAMPLES, report["seed"]):
+            wanted.setdefault(shard, []).append((name, *place))
+            places.append((shard, len(wanted[shard]) - 1))
+    rows = run.map(read_examples, cut, alpha, wanted)
+    examples = {name: [rows[shard][number] for shard, number in places] for name, places in order.items()}
+    return render_selection_report(report, valid, kept, examples, alpha, cut.check_images)
+
+
+def render_selection_report(
+    report: dict,
+    valid: Summary,
+    kept: Summary,
+    examples: dict[str, list[dict]],
+    alpha: float,
+    check_images: bool = True,
+) -> str:
+    """
+    The page as text.
+
+    Args:
+        report (`dict`):
+            The report of a selection.
+        valid, kept ([`~trl_mprm.selection.threshold.Summary`]):
+            How many rollouts of each kind were read, and kept.
+        examples (`dict`):
+            Rows to show as `kept` and as `dropped`, see [`example_rows`].
+        alpha (`float`):
+            The paper's alpha, for the distribution of BIS (a rule other than `bis` has none in its report).
+        check_images (`bool`, *optional*, defaults to `True`):
+            Whether a row was refused where its images were missing.
+
+    Examples:
+    ```python
+    >>> import numpy as np
+    >>> from datasets import Dataset
+    >>> from trl_mprm.selection.threshold import KIND, Summary
+    >>> from trl_mprm.selection.datasets import select
+    >>> from trl_mprm.selection.page import render_selection_report
+    >>> rows = {"rollout_id": ["a", "b", "c"], "source": ["x"] * 3, "mc_scores": [[1.0, 1.0], [1.0, 1.0], [0.75, 0.0]]}
+    >>> report = select(Dataset.from_dict(rows), "bis", fraction=0.4, alpha=0.2).report
+    >>> kinds = np.array([(0, -1, -1, 2, 1, 0.75), (0, -1, -1, 2, 2, 2.0)], KIND)
+    >>> valid, kept = Summary(("x",), kinds, np.array([1, 2])), Summary(("x",), kinds[:1], np.array([1]))
+    >>> page = render_selection_report(report, valid, kept, {"kept": [], "dropped": []}, alpha=0.2)
+    >>> "<title>1 of 3 rollouts kept by bis</title>" in page, "//" in page
+    (True, False)
+
+    ```
+    """
+    columns = [_kinds(part, alpha, check_images) for part in (valid, kept)]
+    sources = _largest_sources(report)
+    shares = [row["kept"] / max(row["valid"], 1) for row in report["sources"].values()]
+    page = _environment().get_template("selection_report.html")
+    return page.render(
+        report=report,
+        total=report["total"],
+        alpha=alpha,
+        histogram=_bis_histogram(*columns, alpha),
+        cells=_mixture_cells(*columns),
+        region=_kept_region(report, alpha),
+        cuts=_cuts(sources) if report["rule"] == "bis" else [],
+        sources=sources,
+        widest=max(report["fraction"], *shares),
+        examples={name: [_example(row) for row in rows] for name, rows in examples.items()},
+        width=WIDTH,
+        histogram_height=HISTOGRAM_HEIGHT,
+        region_height=REGION_HEIGHT,
+    )
+
+
+def _kinds(summary: Summary, alpha: float, check_images: bool) -> dict[str, np.ndarray]:
+    usable = summary.kinds["reason" if check_images else "unread"] < 0
+    kinds = summary.kinds[usable]
+    columns = score_of_sums(*(kinds[name].astype(float) for name in ("n_steps", "n_pos", "mc_sum")), alpha)
+    return columns | {"count": summary.count[usable].astype(np.int64)}
+
+
+# ---- rollouts to read
+
+
+def draw(bis: list[np.ndarray], count: list[np.ndarray], n: int, seed: int = 0) -> list[tuple[int, float, int]]:
+    """
+    Draw `n` rollouts, from the highest BIS to the lowest: one at random from each of `n` equal parts.
+
+    Args:
+        bis (`list` of `np.ndarray`):
+            The different values of BIS in each shard, in corpus order.
+        count (`list` of `np.ndarray`):
+            How many rollouts have them.
+
+    Returns:
+        `list` of `(shard, bis, k)`: the k-th rollout, from 0, of that shard with that value. The same rollouts however
+        the corpus was divided into shards.
+
+    Examples:
+    ```python
+    >>> import numpy as np
+    >>> from trl_mprm.selection.page import draw
+    >>> draw([np.array([0.05, 0.25]), np.array([0.05])], [np.array([1, 1]), np.array([1])], n=3)
+    [(0, 0.25, 0), (0, 0.05, 0), (1, 0.05, 0)]
+
+    ```
+    """
+    shard = np.repeat(np.arange(len(bis)), [len(values) for values in bis])
+    bis, ends = np.concatenate(bis), np.concatenate(count)
+    order = np.lexsort((shard, -bis))
+    starts = np.concatenate([[0], np.cumsum(ends[order])])
+    total, rng = int(starts[-1]), np.random.default_rng(seed)
+    n = min(n, total)
+    ranks = [int(rng.integers(total * part // n, total * (part + 1) // n)) for part in range(n)]
+    places = np.searchsorted(starts, ranks, side="right") - 1
+    return [
+        (int(shard[order[place]]), float(bis[order[place]]), rank - int(starts[place]))
+        for rank, place in zip(ranks, places, strict=True)
+    ]
+
+
+def bis_counts(shard: Shard, scores: Scores, cut: Cut, alpha: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of the kept and the dropped rollouts of a shard: the values of BIS there are, and how many have them."""
+    bis, rows = _bis_of_lines(scores, cut, alpha)
+    return {name: np.unique(bis[lines], return_counts=True) for name, lines in rows.items()}
+
+
+def read_examples(
+    shard: Shard, scores: Scores, cut: Cut, alpha: float, wanted: dict[int, list[tuple[str, float, int]]]
+) -> list[dict]:
+    """Read what is wanted of a shard: `(name, bis, k)` is the k-th `kept` or `dropped` rollout with that BIS."""
+    if shard.index not in wanted:
+        return []
+    bis, rows = _bis_of_lines(scores, cut, alpha)
+    numbers = [int(rows[name][bis[rows[name]] == value][k]) for name, value, k in wanted[shard.index]]
+    ordered = np.unique(numbers)
+    lines = (line for line, _ in lines_at(shard, ordered, scores.length))
+    lines = dict(zip(ordered.tolist(), lines, strict=True))
+    return [_read(scores, cut, alpha, number, lines[number]) for number in numbers]
+
+
+def _bis_of_lines(scores: Scores, cut: Cut, alpha: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """BIS of each line of a shard, NaN where it has none; and the numbers of its kept and dropped lines."""
+    sums = (scores.kinds[name].astype(float) for name in ("n_steps", "n_pos", "mc_sum"))
+    usable = scores.kinds["reason" if cut.check_images else "unread"] < 0
+    bis = np.append(np.where(usable, score_of_sums(*sums, alpha)["bis"], np.nan), np.nan)[scores.kind]
+    kept = kept_rows(scores, cut)
+    return bis, {"kept": kept, "dropped": np.setdiff1d(np.flatnonzero(~np.isnan(bis)), kept)}
+
+
+def _read(scores: Scores, cut: Cut, alpha: float, number: int, line: bytes) -> dict:
+    kind, record = scores.kinds[scores.kind[number]], parse(line)
+    columns = score_of_sums(*(float(kind[name]) for name in ("n_steps", "n_pos", "mc_sum")), alpha)
+    return {
+        "rollout_id": own_text(record, "rollout_id") or f"{scores.source}:{cut.first_line[scores.shard] + number}",
+        "n_images": len(image_list(record)),
+        **to_row(record, scores.drop_answer_step),
+        **{name: float(value) for name, value in columns.items()},
+    }
+
+
+# ---- geometry: numbers in, coordinates of the SVG out
+
+
+def _log_height(count: float, top: float, height: float) -> float:
+    """Height of a bar on a scale that shows 1 beside 1,000,000; 0 has no height."""
+    return height * log(1 + count) / log(1 + top)
+
+
+def _bis_histogram(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray], alpha: float) -> dict:
+    highest = 0.25 + alpha  # (p (1 - p) + alpha) R is largest at p = 1/2, R = 1
+    edges = np.linspace(0, highest, BINS + 1)
+    counts, counts_kept = (
+        np.histogram(part["bis"], edges, weights=part["count"])[0].astype(int) for part in (valid, kept)
+    )
+    top, step = max(int(counts.max()), 1), WIDTH / BINS
+    bars = [
+        {
+            "x": round(index * step, 2),
+            "width": round(step - 1.5, 2),
+            "height": round(_log_height(counts[index], top, HISTOGRAM_HEIGHT), 2),
+            "height_kept": round(_log_height(counts_kept[index], top, HISTOGRAM_HEIGHT), 2),
+            "title": f"BIS {edges[index]:.3f} to {edges[index + 1]:.3f}: {counts[index]:,} rollouts, "
+            f"{counts_kept[index]:,} kept",
+        }
+        for index in np.flatnonzero(counts)
+    ]
+    spacing = next(step for step in (0.05, 0.1, 0.25, 0.5, 1.0, highest) if highest / step <= 12)
+    return {
+        "bars": bars,
+        "ticks_x": [(round(x / highest * WIDTH, 2), f"{x:.4g}") for x in np.arange(0, highest + 1e-9, spacing)],
+        "ticks_y": [
+            (round(HISTOGRAM_HEIGHT - _log_height(10**power, top, HISTOGRAM_HEIGHT), 2), f"{10**power:,}")
+            for power in range(int(log10(top)) + 1)
+        ],
+    }
+
+
+def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> list[dict]:
+    edges = np.linspace(0, 0.25, MIXTURE_CELLS + 1), np.linspace(0, 1, RELIABILITY_CELLS + 1)
+    counts, counts_kept = (
+        np.histogram2d(
+            part["bis_p_pos"] * (1 - part["bis_p_pos"]), part["bis_reliability"], edges, weights=part["count"]
+        )[0].astype(int)
+        for part in (valid, kept)
+    )
+    step_x, step_y = WIDTH / MIXTURE_CELLS, REGION_HEIGHT / RELIABILITY_CELLS
+    top = max(int(counts.max(initial=0)), 2)
+    cells = []
+    for column, row in zip(*np.nonzero(counts), strict=True):
+        count, n_kept = int(counts[column, row]), int(counts_kept[column, row])
+        side = (0.3 + 0.66 * log(count) / log(top)) * step_y  # the size tells the count, on a log scale
+        cells.append(
+            {
+                "x": round((column + 0.5) * step_x - side / 2, 1),
+                "y": round(REGION_HEIGHT - (row + 0.5) * step_y - side / 2, 1),
+                "side": round(side, 1),
+                "share": round(100 * n_kept / count),
+                "title": f"mixture {edges[0][column]:.3f} to {edges[0][column + 1]:.3f}, R {edges[1][row]:.2f} to "
+                f"{edges[1][row + 1]:.2f}: {count:,} rollouts, {n_kept:,} kept",
+            }
+        )
+    return cells
+
+
+def _kept_region(report: dict, alpha: float) -> list[str]:
+    """Paths of the regions above the lowest and the highest cut of the sources; none where the plane has no cut."""
+    cuts = _cuts(report["sources"])
+    if not cuts or report["rule"] not in ("bis", "mixed", "reliable"):
+        return []
+    mixture = np.linspace(0, 0.25, 101)
+    paths = []
+    for cut in sorted({cuts[0], cuts[-1]}):
+        if report["rule"] == "bis":  # (mixture + alpha) R >= cut
+            lowest = np.minimum(cut / np.maximum(mixture + alpha, 1e-12), 1)
+        else:  # reliable: R >= cut; mixed: mixture > 0, or everything
+            lowest = np.full(101, cut) if report["rule"] == "reliable" else np.where(mixture > 0, 0.0, cut)
+        points = [*zip(mixture, lowest, strict=True), (0.25, 1), (0, 1)]
+        paths.append("M" + "L".join(f"{m / 0.25 * WIDTH:.1f} {(1 - r) * REGION_HEIGHT:.1f}" for m, r in points) + "Z")
+    return paths
+
+
+def _cuts(sources: dict[str, dict]) -> list[float]:
+    return sorted({row["cut_score"] for row in sources.values() if row["cut_score"] is not None})
+
+
+def _largest_sources(report: dict) -> dict[str, dict]:
+    sources = sorted(report["sources"].items(), key=lambda item: -item[1]["read"])[:MAX_SOURCES]
+    return dict(sorted(sources))
+
+
+# ---- text of the page
+
+
+def _example(row: dict) -> dict:
+    scores, steps = row["mc_scores"], row["completions"]
+    return row | {
+        "prompt": _plain(row["prompt"], MAX_PROMPT),
+        "steps": [
+            {"text": _plain(text, MAX_STEP), "score": score, "colour": None if score is None else _colour(score)}
+            for text, score in list(zip(steps, scores, strict=True))[:MAX_STEPS]
+        ],
+        "more_steps": max(0, len(steps) - MAX_STEPS),
+    }
+
+
+def _plain(text: str, longest: int) -> str:
+    """Text without control characters and overrides of the writing direction, cut at `longest` characters."""
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text)
+    return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest:,} more characters)"
+
+
+def _colour(score: float) -> str:
+    """From bad over middling to good: two neighbours of these three colours, mixed by the browser."""
+    lower, upper, share = ("bad", "mid", 2 * score) if score < 0.5 else ("mid", "good", 2 * score - 1)
+    return f"color-mix(in oklab, var(--{upper}) {100 * share:.0f}%, var(--{lower}))"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("trl_mprm"),
+        autoescape=True,  # every text of the corpus is escaped; the template never marks one as safe
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["name"] = lambda text: _plain(text, MAX_NAME)
+    environment.filters["number"] = lambda value, digits=4: "–" if value is None else f"{value:.{digits}g}"
+    environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["percent"] = lambda value, digits=1: "–" if value is None else f"{value:.{digits}%}"
+    return environment

@@ -1,0 +1,384 @@
+"""
+The two passes over a shard: `score_shard` reads what scores need, `emit` copies the rows that are kept.
+
+In, a line of `Geometry3K.jsonl`:
+
+    {"image": "1471.png", "question": "Find x.", "steps_with_score": [{"step": "x = 5.", "score": 0.125, ...}], ...}
+
+Out of the first pass, a few bytes: its kind (1 step, 1 positive, sum 0.125), its length, a hash of question and image.
+Out of the second, if it is kept: the line, byte by byte.
+
+The first pass has two ways to read a line. The narrow one parses the few fields of raw annotations that decide about a
+row, typed, and takes a line only if nothing about it is unusual. All other lines go the careful way of
+`annotation_formats.to_row`, which alone decides why a row is refused.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import accumulate, chain, groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, BinaryIO, NamedTuple
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from ..data.formats import IMAGE_PLACE, parse, states_answer, to_row
+from ..data.images import ImageFinder, ImageRefused
+from ..data.kept_sources import check_kept_sources, kept_sources
+from ..data.rows import Refused, image_list, own_text
+from ..data.shards import Shard, line_batches, lines_at
+from .bis import step_sums
+from .threshold import IMAGE_MISSING, KIND, REASONS, Cut, Scores, Summary, kept_rows, summarize, unique_rows
+
+
+class _Step(msgspec.Struct, gc=False):
+    step: str
+    score: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    num_mc_total: int | None = None
+
+
+class _Raw(msgspec.Struct, gc=False):
+    """The fields of a raw record that decide about it. Another type than these is a case for the careful way."""
+
+    steps_with_score: list[_Step]
+    question_orig: str | None = None
+    question: msgspec.Raw = msgspec.Raw()  # long: read only where question_orig is missing
+    prompt: str | None = None
+    image: str | tuple[str, ...] | None = None
+    images: str | tuple[str, ...] | None = None
+    image_url: str | tuple[str, ...] | None = None
+    source: str | None = None
+    rollout_id: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Raw).decode
+
+_decode_text = msgspec.json.Decoder(str | None).decode
+
+_steps, _step, _score, _total, _rollout_id = map(
+    attrgetter, ("steps_with_score", "step", "score", "num_mc_total", "rollout_id")
+)
+
+
+def score_shard(
+    shard: Shard,
+    image_root: str | os.PathLike | None = None,
+    *,
+    drop_answer_step: bool = False,
+    words: bool = False,
+) -> tuple[Scores, Summary]:
+    """
+    First pass: what is remembered of each line of a shard, and the summary that travels.
+
+    Args:
+        shard ([`~trl_mprm.data.shards.Shard`]):
+            Of [`~trl_mprm.data.shards.plan_shards`].
+        image_root (`str` or path, *optional*):
+            Folder of the images. Defaults to the folder of the file.
+        drop_answer_step (`bool`, *optional*, defaults to `False`):
+            Take a last step that states the final answer for not measured.
+        words (`bool`, *optional*, defaults to `False`):
+            Count the words of the measured steps.
+
+    Examples:
+    ```python
+    >>> import pathlib, tempfile
+    >>> from trl_mprm.selection.passes import score_shard
+    >>> from trl_mprm.data.shards import plan_shards
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "toy.jsonl"
+    >>> _ = file.write_text('{"question": "?", "steps_with_score": [{"step": "a", "score": 0.5}]}\\n{}\\n')
+    >>> scores, summary = score_shard(plan_shards(file)[0])
+    >>> scores.kind.tolist(), summary.kinds["mc_sum"].tolist(), scores.length.tolist()
+    ([0, 1], [0.5, 0.0], [69, 3])
+
+    ```
+    """
+    file = Path(shard.file)
+    finder = _finder(file.parent if image_root is None else image_root, shard.plan)
+    sources = kept_sources(shard)
+    rows = _Rows(shard.source, sources, finder, drop_answer_step, words)
+    for block, lines in line_batches(shard):
+        rows.add(lines, _is_utf8(block))
+        if len(rows.part[0]) > 4096:
+            rows.end_part()
+    if sources:
+        check_kept_sources(shard.file, rows.n_lines, sources)
+    scores = rows.scores(shard)
+    return scores, summarize(scores)
+
+
+@lru_cache(maxsize=1)
+def _finder(root: str | os.PathLike, plan: str) -> ImageFinder:
+    """One finder for all shards of a plan that a process reads: each picture is looked at once."""
+    return ImageFinder(root)
+
+
+class _Rows:
+    """Collects what is remembered of lines, batch by batch."""
+
+    def __init__(
+        self,
+        source: str,
+        sources: list[str],
+        finder: ImageFinder,
+        drop_answer_step: bool = False,
+        count_words: bool = False,
+    ):
+        self.source, self.sources, self.finder = source, sources, finder
+        self.drop_answer_step, self.count_words = drop_answer_step, count_words
+        self.unread = ImageFinder(None, check=False)
+        self.numbers: dict[str, int] = {}  # of sources
+        self.states: dict[tuple[int, int, int], int] = {(-1, -1, -1): 0}  # source, reason, unread; 0: a blank line
+        self.groups: dict[tuple, tuple[int, int]] = {}  # source, question, images: state and group
+        self.n_lines = 0
+        self.own_ids: dict[int, str] = {}  # by line
+        # A part has, of each line, its state, group, number of scores, length and checksum, then all scores, then words.
+        self.part: tuple[list, ...] = ([], [], [], [], [], [], [])
+        self.parts: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, lines: list[bytes], utf8: bool | None = None) -> None:
+        """Read some lines. `utf8`: whether they are known to be UTF-8, or not to be."""
+        if utf8 is None:
+            utf8 = _is_utf8(b"".join(lines))
+        # The narrow way does not look into the strings that it skips: they must be UTF-8 all the same.
+        if utf8 and self._narrow(lines):
+            return
+        if len(lines) == 1:
+            self._careful(lines[0])
+            return
+        half = len(lines) // 2  # something about them is unusual: find out which
+        self.add(lines[:half], utf8 or None)
+        self.add(lines[half:], utf8 or None)
+
+    def _narrow(self, lines: list[bytes]) -> bool:
+        try:
+            rows = list(map(_decode, lines))
+            questions = [row.question_orig or _question(row) for row in rows]
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return False
+        steps = list(chain.from_iterable(map(_steps, rows)))
+        texts, scores, totals = (list(map(field, steps)) for field in (_step, _score, _total))
+        counts = [len(row.steps_with_score) for row in rows]
+        if not all(map(str.strip, texts)):
+            return False
+        if self.drop_answer_step or 0 in totals:
+            ends = list(accumulate(counts))
+            if self.drop_answer_step:
+                for end in ends:
+                    if end and states_answer(texts[end - 1]):
+                        totals[end - 1] = 0
+            scores = [score for score, total in zip(scores, totals, strict=True) if total != 0]
+            counts = [sum(total != 0 for total in totals[end - n : end]) for end, n in zip(ends, counts, strict=True)]
+        if not all(counts):
+            return False
+        sources = self.sources[self.n_lines : self.n_lines + len(lines)] or [self.source] * len(lines)
+        groups = []
+        for row, question, source in zip(rows, questions, sources, strict=False):
+            images = row.images or row.image or row.image_url or ()
+            key = (row.source or source, question, images)
+            found = self.groups.get(key) or self._new_group(key)
+            if found is None:
+                return False
+            groups.append(found)
+        if len(groups) < len(lines):
+            return False
+        ids = list(map(_rollout_id, rows))
+        if any(ids):
+            self.own_ids |= {number: own for number, own in enumerate(ids, self.n_lines) if own}
+        self._append(lines, groups, counts, scores)
+        if self.count_words:
+            n_words = [len(text.split()) for text, total in zip(texts, totals, strict=True) if total != 0]
+            ends = list(accumulate(counts))
+            self.part[6].extend(sum(n_words[end - n : end]) for end, n in zip(ends, counts, strict=True))
+        return True
+
+    def _careful(self, line: bytes) -> None:
+        own_id, scores, texts = None, [], []
+        if line.isspace():
+            group = (0, 0)
+        else:
+            record = parse(line)
+            source = self.sources[self.n_lines] if self.n_lines < len(self.sources) else self.source
+            source = own_text(record, "source") or source
+            try:
+                row = to_row(record, self.drop_answer_step)
+            except Refused as refused:
+                reason = REASONS.index(refused.args[0])
+                group = self._state(source, reason, reason), 0
+            else:
+                scores = [score for score in row["mc_scores"] if score is not None]
+                texts = [
+                    text for text, score in zip(row["completions"], row["mc_scores"], strict=True) if score is not None
+                ]
+                own_id = own_text(record, "rollout_id")
+                group = self._group(source, row["prompt"], image_list(record))
+        if own_id:
+            self.own_ids[self.n_lines] = own_id
+        self._append([line], [group], [len(scores)], scores)
+        if self.count_words:
+            self.part[6].append(sum(len(text.split()) for text in texts))
+
+    def _append(
+        self, lines: list[bytes], groups: list[tuple[int, int]], counts: list[int], scores: list[float]
+    ) -> None:
+        self.n_lines += len(lines)
+        self.part[0].extend([state for state, _ in groups])
+        self.part[1].extend([group for _, group in groups])
+        self.part[2].extend(counts)
+        self.part[3].extend(map(len, lines))
+        self.part[4].extend(map(_check, lines))
+        self.part[5].extend(scores)
+
+    def _new_group(self, key: tuple) -> tuple[int, int] | None:
+        source, question, images = key
+        prompt = IMAGE_PLACE.sub("", question or "").strip()
+        if not prompt:
+            return None
+        if len(self.groups) >= 1000:  # rows of one question stand together
+            self.groups.clear()
+        found = self.groups[key] = self._group(source, prompt, (images,) if isinstance(images, str) else images)
+        return found
+
+    def _group(self, source: str, prompt: str, images: Iterable) -> tuple[int, int]:
+        """State and group of a row whose text and scores are good; its images may not be."""
+        found = [self.finder.look(image) for image in images]
+        faults = [image for image in found if isinstance(image, ImageRefused)]
+        if not faults:
+            return self._state(source, -1, -1), group_hash(source, prompt, found)
+        reason = unread = REASONS.index(faults[0].reason)
+        if reason == IMAGE_MISSING:  # and if images are not looked for?
+            found = [self.unread.look(image) for image in images]
+            faults = [image for image in found if isinstance(image, ImageRefused)]
+            unread = REASONS.index(faults[0].reason) if faults else -1
+        return self._state(source, reason, unread), 0 if faults else group_hash(source, prompt, found)
+
+    def _state(self, source: str, reason: int, unread: int) -> int:
+        number = self.numbers.setdefault(source, len(self.numbers))
+        return self.states.setdefault((number, reason, unread), len(self.states))
+
+    def end_part(self) -> None:
+        types = (np.int32, np.uint64, np.int64, np.uint32, np.uint64, np.float64, np.uint32)
+        state, group, count, length, check, scores, words = map(np.array, self.part, types)
+        n_steps, n_pos, mc_sum, _ = step_sums(scores, np.concatenate([[0], np.cumsum(count)]))
+        self.parts.append((state, n_steps, n_pos, mc_sum, length, check.astype(np.uint32), group, words))
+        for column in self.part:
+            column.clear()
+
+    def scores(self, shard: Shard) -> Scores:
+        self.end_part()
+        columns = map(np.concatenate, zip(*self.parts, strict=True))
+        state, n_steps, n_pos, mc_sum, length, check, group, words = columns
+        first, kind = unique_rows([state, n_steps, n_pos, mc_sum])
+        kinds = np.empty(len(first), KIND)
+        for name, column in zip(("source", "reason", "unread"), zip(*self.states, strict=True), strict=True):
+            kinds[name] = np.array(column)[state[first]]
+        kinds["n_steps"], kinds["n_pos"], kinds["mc_sum"] = n_steps[first], n_pos[first], mc_sum[first]
+        if len(first) and state[first[0]] == 0:  # blank lines come first
+            kinds, kind = kinds[1:], kind - 1
+        ids = pa.array(map(self.own_ids.get, range(len(kind))), pa.string()) if self.own_ids else None
+        return Scores(
+            shard.index,
+            shard.place,
+            shard.source,
+            tuple(self.numbers),
+            kinds,
+            kind.astype(np.int32),
+            group,
+            length,
+            check,
+            self.drop_answer_step,
+            ids=ids,
+            words=words if self.count_words else None,
+        )
+
+
+def _question(row: _Raw) -> str | None:
+    return (_decode_text(row.question) if bytes(row.question) else None) or row.prompt
+
+
+def _check(line: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(line) & 0xFFFFFFFF
+
+
+def _is_utf8(text: bytes) -> bool:
+    """The same answer as `text.decode()`, some times faster."""
+    offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
+    try:
+        pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(text)]).cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def image_key(image: object) -> str:
+    """What tells an image from another: its path, or a hash of its bytes."""
+    if isinstance(image, dict):
+        image = image["path"] or image["bytes"]
+    if isinstance(image, str):
+        return image
+    data = image if isinstance(image, bytes) else image.tobytes()  # a stream may hold decoded images
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def group_hash(source: str, prompt: str, images: Iterable) -> int:
+    """A number for the group of rollouts that share an image and a question, the same on every machine."""
+    text = "\0".join((source, prompt, *map(image_key, images)))
+    return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
+
+
+class Emitted(NamedTuple):
+    """
+    What a shard gave: the summary of its kept rows, their sources in order, as (source, number of rows), and their
+    line numbers in the file, from 0.
+    """
+
+    summary: Summary
+    runs: list[tuple[str, int]]
+    lines: np.ndarray
+
+
+def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: BinaryIO) -> Emitted:
+    """
+    Second pass: write the kept lines of a shard to `kept`, byte by byte, each with a line end, and a JSON line (file,
+    line, reason) for each refused row to `refused`.
+
+    The checksum of each kept line is compared with that of the first pass: what is written is what was scored.
+
+    Examples:
+    ```python
+    >>> import io, pathlib, tempfile
+    >>> from trl_mprm.selection.threshold import find_cut
+    >>> from trl_mprm.selection.passes import emit, score_shard
+    >>> from trl_mprm.data.shards import plan_shards
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "toy.jsonl"
+    >>> _ = file.write_text('{"prompt": "?", "completions": ["a"], "labels": [0.5]}\\n{"prompt": "?"}\\n')
+    >>> shard = plan_shards(file)[0]
+    >>> scores, summary = score_shard(shard)
+    >>> kept, refused = io.BytesIO(), io.BytesIO()
+    >>> emit(shard, scores, find_cut(summary, "bis", fraction=1.0), kept, refused).runs
+    [('toy', 1)]
+    >>> kept.getvalue().decode().strip()
+    '{"prompt": "?", "completions": ["a"], "labels": [0.5]}'
+
+    ```
+    """
+    rows = kept_rows(scores, cut)
+    checks = iter(scores.check[rows].tolist())
+    for seen, line in lines_at(shard, rows, scores.length):
+        if _check(seen) != next(checks):
+            raise ValueError(f"{shard.place} changed while it was read: run again when nothing writes to it")
+        kept.write(line if line.endswith(b"\n") else line + b"\n")
+    reason = scores.kinds["reason" if cut.check_images else "unread"]
+    for row in np.flatnonzero(np.append(reason >= 0, False)[scores.kind]).tolist():
+        place = {"file": shard.place, "line": cut.first_line[scores.shard] + row + 1}
+        line = json.dumps(place | {"reason": REASONS[reason[scores.kind[row]]]}, ensure_ascii=False)
+        refused.write(line.encode() + b"\n")
+    sources = scores.kinds["source"][scores.kind[rows]].tolist()
+    runs = [(scores.sources[source], len(list(run))) for source, run in groupby(sources)]
+    return Emitted(summarize(scores, rows), runs, rows + cut.first_line[scores.shard])

@@ -1,0 +1,131 @@
+"""What a selection says of itself."""
+
+import math
+from bisect import bisect_left
+
+import numpy as np
+
+from .rules import score_of_kinds
+from .threshold import REASONS, UNKNOWN, Cut, Summary
+
+
+# ---- evidence
+
+
+def describe_refused(summary: Summary, cut: Cut) -> list[str]:
+    """One line a reason: how many rows, of which sources, and where the first one stands."""
+    reasons = summary.kinds["reason" if cut.check_images else "unread"]
+    places: dict[int, tuple[int, int]] = {}
+    for (reason, unread), place in summary.first.items():
+        number = reason if cut.check_images else unread
+        places[number] = min(place, places.get(number, place))
+    lines = []
+    for reason, (shard, line) in sorted(places.items(), key=lambda item: item[1]):
+        if reason >= 0:
+            mine = reasons == reason
+            count = np.bincount(summary.kinds["source"][mine], summary.count[mine], len(summary.sources)).astype(int)
+            sources = ", ".join(f"{name} {n:,}" for name, n in zip(summary.sources, count, strict=True) if n)
+            where = f"{summary.lines[shard][0]}:{cut.first_line[shard] + line + 1}"
+            lines.append(f"{REASONS[reason]}: refused {count.sum():,} rows ({sources}), the first at {where}")
+    return lines
+
+
+def ties_of_sources(summary: Summary, cut: Cut) -> np.ndarray:
+    """How many rows of each source score just what the cut of their part is."""
+    kinds = summary.kinds
+    score = score_of_kinds(cut.parameters["rule"], cut.parameters["alpha"], kinds, summary.score)
+    at = (score == cut.cut_score[cut.part[kinds["source"]]]) & (kinds["reason" if cut.check_images else "unread"] < 0)
+    return np.bincount(kinds["source"][at], summary.count[at], len(cut.sources)).astype(np.int64)
+
+
+def describe(summary: Summary, check_images: bool = True, source: str | None = None) -> dict[str, float | None]:
+    """
+    The usable rows of a summary in numbers: all, or those of one source.
+
+    Returns:
+        `dict`: `n` rows, their `n_steps`, and (None where there is nothing to divide) `mixed_share`,
+        `error_step_share`, `mean_mc`, and `mean_group_size`, the rows that share an image and a question.
+    """
+    kinds, count = summary.kinds, summary.count
+    if source is not None:  # sources are sorted, and so are kinds, by source first
+        number = bisect_left(summary.sources, source)
+        mine = slice(*np.searchsorted(kinds["source"], [number, number + 1]))
+        kinds, count = kinds[mine], count[mine]
+    rows = kinds["reason" if check_images else "unread"] < 0
+    kinds, count = kinds[rows], count[rows].astype(np.int64)
+    n_steps, n_pos = kinds["n_steps"].astype(np.int64), kinds["n_pos"].astype(np.int64)
+    n, steps = int(count.sum()), int((count * n_steps).sum())
+    numbers = {"n": n, "n_steps": steps} | dict.fromkeys(
+        ("mixed_share", "error_step_share", "mean_mc", "mean_group_size")
+    )
+    if n and not (kinds["mc_sum"] == UNKNOWN).any():
+        numbers["mixed_share"] = int(count[(n_pos > 0) & (n_pos < n_steps)].sum()) / n
+        numbers["error_step_share"] = 1 - int((count * n_pos).sum()) / max(steps, 1)
+        numbers["mean_mc"] = math.fsum(count * kinds["mc_sum"]) / max(steps, 1)  # exact, so in any order
+    names = summary.sources if source is None else [source]
+    found = [len(summary.groups.get((name, check_images), ())) for name in names]
+    if n:
+        numbers["mean_group_size"] = n / max(sum(found) * 2**summary.halved, 1)
+    return numbers
+
+
+SELECTION_VERSION = "2"
+
+SHARES = ("mixed_share", "error_step_share", "mean_mc", "mean_group_size")
+
+
+def report_table(report: dict) -> list[list]:
+    """The report of a selection as rows of a table, the header first, `total` last."""
+    names = ["read", "refused", "valid", "kept", "cut_score", "ties_at_cut", "ties_kept"]
+    table = [["source", *names, *SHARES]]
+    for source, row in [*report["sources"].items(), ("total", report["total"])]:
+        row = row | {"refused": sum(row["refused"].values())}
+        table.append([source, *(row[name] for name in names), *(row[name] for name in SHARES)])
+    return table
+
+
+def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
+    """
+    What `selection.json` holds: for each source, and for all together, read = kept + dropped + refused.
+
+    Args:
+        cut ([`~trl_mprm.selection.threshold.Cut`]):
+            The settled cut.
+        summary, kept ([`~trl_mprm.selection.threshold.Summary`]):
+            Of all rows that were read, and of those that were written.
+    """
+    kinds, count = summary.kinds, summary.count.astype(np.int64)
+    reason = kinds["reason" if cut.check_images else "unread"]
+    ends = np.searchsorted(kinds["source"], np.arange(len(cut.sources) + 1))
+    ties, ties_kept = ties_of_sources(summary, cut), ties_of_sources(kept, cut)
+    rows, whole = {}, cut.parameters["by"] == "corpus"  # else each source has a cut of its own
+    for number, source in [*enumerate(cut.sources), (None, None)]:
+        mine, at = (slice(None),) * 2 if source is None else (slice(*ends[number : number + 2]), [number])
+        by_reason = np.bincount(reason[mine] + 1, count[mine], len(REASONS) + 1).astype(int).tolist()
+        valid, refused = by_reason[0], {name: n for name, n in zip(REASONS, by_reason[1:], strict=True) if n}
+        after, before = (describe(part, cut.check_images, source) for part in (kept, summary))
+        rows[source] = {
+            "read": sum(by_reason),
+            "refused": refused,
+            "valid": valid,
+            "kept": after["n"],
+            "dropped": valid - after["n"],
+            "cut_score": float(cut.cut_score[cut.part[at]][0]) if valid and (source is not None or whole) else None,
+            "ties_at_cut": int(ties[at].sum()),
+            "ties_kept": int(ties_kept[at].sum()),
+            **{name: after[name] for name in SHARES},
+            "before": {name: before[name] for name in SHARES},
+        }
+    total = rows.pop(None)
+    _check_quotas(cut, [row["valid"] for row in rows.values()], [row["kept"] for row in rows.values()])
+    groups = "all" if not summary.halved else f"1 in {2**summary.halved}, by hash"
+    report = {**cut.parameters, "version": SELECTION_VERSION, "inputs": [], "groups_counted": groups}
+    return report | {"sources": rows, "total": total}
+
+
+def _check_quotas(cut: Cut, valid: list[int], kept: list[int]) -> None:
+    """What was written is what the cut asked for, or the core is wrong."""
+    quotas = [max(1, int(m * cut.parameters["fraction"])) if m else 0 for m in cut.valid.tolist()]
+    found = [np.bincount(cut.part, rows, len(quotas)).astype(int).tolist() for rows in (valid, kept)]
+    if found != [cut.valid.tolist(), quotas]:
+        raise RuntimeError(f"{cut.valid.tolist()} valid rows should give {quotas}, got {found[0]} and {found[1]}")

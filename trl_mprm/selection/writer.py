@@ -1,0 +1,340 @@
+"""
+Kept rows under their final names: JSONL, Parquet, a dataset on this disk, a dataset on the Hub.
+
+In, what each shard gave: a file of kept lines, one of refused rows, the line numbers. Out, for `--output kept/`:
+
+    kept/AI2D.jsonl        the kept lines, byte by byte
+    kept/refused.jsonl     {"file": "raw/AI2D.jsonl", "line": 6, "reason": "score_not_a_number"}
+    kept/selection.json    the evidence
+
+Nothing appears under its name before it is complete, and `selection.json` appears last.
+"""
+
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from datasets import Dataset, DatasetInfo, Features, Value
+from datasets.table import embed_table_storage
+from huggingface_hub import HfApi
+
+from ..data.formats import READ_KEYS, parse, to_row
+from ..data.hub import is_hub_id
+from ..data.images import ImageFinder
+from ..data.rollouts import FEATURES, chunks, find_images
+from ..data.rows import is_unicode, own_text
+from ..data.shards import Paths, Shard
+from ..files import atomic_output, write_json
+from .dataset_card import dataset_card
+from .passes import Emitted
+
+
+@contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """
+    A hidden folder for the parts, deleted at the end. It is locked while this process lives; one whose lock is free is
+    of a run that was killed, and is deleted here.
+    """
+    for left in folder.glob(".select.*.part"):
+        with suppress(OSError), _locked(left):  # in use, or no locks on this file system: leave it
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=".select.", suffix=".part", dir=folder) as name, ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked(Path(name)))
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def room_left(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"{folder}: expected room for the kept rows and for a copy of them, got {error.strerror!r}: free some and "
+            "run again; no output was touched"
+        ) from error
+
+
+logger = logging.getLogger(__name__)
+
+PARQUET_BYTES = 2**29  # of a file on the Hub
+
+OTHER_FORMS = (".gz", ".zst", ".zip", ".json", ".csv", ".arrow")  # no names for a folder
+
+
+class Outputs:
+    """
+    Where the kept rows of one selection go.
+
+    Args:
+        output (`Path`):
+            `*.jsonl`, `*.parquet`, or a folder: one JSONL file for each source, or with `save_to_disk` a dataset.
+        shards (`list` of [`~trl_mprm.data.shards.Shard`]):
+            Of the inputs.
+        inputs (`str`, path, or `list` of paths):
+            As the user gave them.
+        save_to_disk (`bool`):
+            Write a folder for `datasets.load_from_disk`.
+        image_root (`str` or path, *optional*):
+            Folder of the images. Defaults to the folder of each file.
+        page (`str` or path, *optional*):
+            Where the page about the selection goes.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        shards: list[Shard],
+        inputs: Paths,
+        save_to_disk: bool = False,
+        image_root: str | os.PathLike | None = None,
+        page: str | os.PathLike | None = None,
+    ):
+        self.output, self.shards, self.save_to_disk, self.image_root = output, shards, save_to_disk, image_root
+        self.inputs = [str(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
+        self.page = None if page is None else Path(page)
+        one = save_to_disk or output.suffix in {".jsonl", ".parquet"}
+        self.folder = output.parent if one else output
+        sources = dict.fromkeys(shard.source for shard in shards)
+        self.targets = [output] if one else [output / f"{source}.jsonl" for source in sources]
+        self.evidence = [] if save_to_disk else [self.folder / name for name in ("selection.json", "refused.jsonl")]
+        self._check()
+
+    def _check(self) -> None:
+        output = self.output
+        if output.suffix in OTHER_FORMS and not output.is_dir():
+            raise ValueError(
+                f"{output}: expected *.jsonl, *.parquet or a folder, got a name ending in {output.suffix}"
+            )
+        if output.is_file() if self.save_to_disk or output not in self.targets else output.is_dir():
+            raise ValueError(
+                f"{output}: expected a folder, *.jsonl or *.parquet, and this is the other kind: rename it"
+            )
+        if self.save_to_disk and output.is_dir() and any(output.iterdir()) and not (output / "state.json").is_file():
+            raise ValueError(f"{output} is no dataset of an earlier run, and not empty: give an empty folder")
+        used = {Path(shard.file).resolve() for shard in self.shards}
+        inside = {folder for file in used for folder in file.parents} if self.save_to_disk else set()
+        for target in (*self.targets, *self.evidence):
+            if target.resolve() in used | inside:
+                raise ValueError(f"{target} is an input and would be overwritten: give another output")
+            if target in self.targets and target in self.evidence:
+                raise ValueError(f"{target} is where refused rows go: give another output, or rename that input")
+        if self.page is not None:
+            taken = used | {target.resolve() for target in (*self.targets, *self.evidence)}
+            if self.page.is_dir() or taken & {self.page.resolve(), *self.page.resolve().parents}:
+                raise ValueError(
+                    f"{self.page}: expected a place for the page, and there is an input, an output or a folder: give "
+                    "another one, as page.html"
+                )
+        if self.folder.resolve() in [Path(item).resolve() for item in self.inputs] and not self.save_to_disk:
+            raise ValueError(
+                f"{output} lies in the input folder, where the next run would read it: give another output"
+            )
+        for item in self.inputs:
+            if glob.has_magic(item) and not Path(item).exists() and any(_matches(item, file) for file in self.targets):
+                raise ValueError(f"{output} matches {item}, and the next run would read it: give another output")
+        others = {*self.folder.glob("*.jsonl"), *self.folder.glob("*.parquet")}
+        others -= {*self.targets, self.folder / "refused.jsonl"}
+        if output not in self.targets and others:
+            raise ValueError(
+                f"{self.folder} already holds {min(others).name}, which is not of this run: give an empty folder"
+            )
+
+    def write(self, report: dict, emitted: list[Emitted], parts: Path, page: str | None = None) -> None:
+        """Put the parts of the shards together, in order, and all that was made under its final name."""
+        names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
+        report["output"] = {} if self.save_to_disk or self.output.suffix == ".parquet" else _moved(names, emitted)
+        refused = [parts / f"{shard.index}.refused" for shard in self.shards] if report["total"]["refused"] else []
+        report["revision"] = _digest(parts / f"{shard.index}.kept" for shard in self.shards)
+        with ExitStack() as stack:
+            if page is not None:
+                stack.enter_context(atomic_output(self.page)).write_text(page, "utf-8")  # appears at the end
+            if self.save_to_disk:
+                self._write_dataset(report, emitted, parts, refused)
+                return
+            ready = parts / "ready"
+            ready.mkdir()
+            if self.output.suffix == ".parquet":
+                self._write_parquet(ready / self.output.name, self._rows(emitted, parts, report, resolve=False))
+            else:
+                kept: dict[str, list[Path]] = {}
+                for shard, name in zip(self.shards, names, strict=True):
+                    kept.setdefault(name, []).append(parts / f"{shard.index}.kept")
+                for name, files in kept.items():
+                    _join(files, ready / name)
+            if refused:
+                _join(refused, ready / "refused.jsonl")
+            write_json(report, ready / "selection.json")
+            # From here on a kill leaves rows without a report: never the report of an earlier run beside other rows
+            for file in self.evidence:
+                file.unlink(missing_ok=True)
+            for file in sorted(ready.iterdir(), key=lambda file: file.name == "selection.json"):
+                file.rename(self.folder / file.name)
+
+    def _write_dataset(self, report: dict, emitted: list[Emitted], parts: Path, refused: list[Path]) -> None:
+        rows, table = self._rows(emitted, parts, report, resolve=True), parts / "rows.arrow"
+        schema = self._features(rows()).arrow_schema
+        with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for chunk in chunks(rows(), 1000):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+        with open(table, "rb") as file:
+            name = hashlib.file_digest(file, "blake2b").hexdigest()[:32]  # the same rows make the same dataset
+        info = DatasetInfo(features=Features.from_arrow_schema(schema))
+        kept = Dataset(datasets.table.MemoryMappedTable.from_file(str(table)), info=info, fingerprint=name)
+        kept.save_to_disk(parts / "dataset")
+        write_json(report, parts / "dataset" / "selection.json")
+        if refused:
+            _join(refused, parts / "dataset" / "refused.jsonl")
+        if self.output.is_dir():
+            self.output.rename(parts / "earlier")
+        (parts / "dataset").rename(self.output)
+
+    def _write_parquet(self, target: Path, rows: Callable[[], Iterator[dict]]) -> None:
+        schema = self._features(rows()).arrow_schema
+        with pq.ParquetWriter(target, schema) as writer:
+            for chunk in chunks(rows(), 1000):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+
+    def push_to_hub(
+        self, repo_id: str, report: dict, emitted: list[Emitted], parts: Path, license: str | None = None
+    ) -> None:
+        """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
+        rows, folder = self._rows(emitted, parts, report, resolve=True), parts / "hub"
+        schema = self._features(rows()).arrow_schema
+        (folder / "data").mkdir(parents=True)
+        files, writer = [], None
+        for chunk in chunks(rows(), 100):
+            if writer is None:
+                files.append(folder / "data" / f"{len(files)}.parquet")
+                writer = pq.ParquetWriter(files[-1], schema)
+            writer.write_table(embed_table_storage(pa.Table.from_pylist(chunk, schema=schema)))
+            if files[-1].stat().st_size > PARQUET_BYTES:
+                writer.close()
+                writer = None
+        if writer is not None:
+            writer.close()
+        for number, file in enumerate(files):
+            file.rename(folder / "data" / f"train-{number:05d}-of-{len(files):05d}.parquet")
+        api = HfApi()
+        infos = {item: api.dataset_info(item) for item in self.inputs if is_hub_id(item)}
+        public = report | {
+            "inputs": [item if item in infos else Path(item).name for item in self.inputs],
+            "input_revisions": {item: info.sha for item, info in infos.items()},
+        }
+        licenses = {info.card_data and info.card_data.license for info in infos.values()} - {None}
+        write_json(public, folder / "selection.json")
+        card = dataset_card(repo_id, public, license or (licenses.pop() if len(licenses) == 1 else None))
+        card.save(folder / "README.md")
+        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+        api.upload_folder(
+            folder_path=folder, repo_id=repo_id, repo_type="dataset", commit_message="Rollouts of trl-mprm select"
+        )
+
+    def _rows(self, emitted: list[Emitted], parts: Path, report: dict, resolve: bool) -> Callable[[], Iterator[dict]]:
+        """Kept records in the row type, as often as they are asked for. `resolve`: image paths become real paths."""
+        check = resolve and report["images"] == "checked"
+        return partial(self._read_rows, emitted, parts, report["drop_answer_step"], check)
+
+    def _read_rows(self, emitted: list[Emitted], parts: Path, drop_answer_step: bool, check: bool) -> Iterator[dict]:
+        finders: dict[object, ImageFinder] = {}
+        for shard, part in zip(self.shards, emitted, strict=True):
+            root = Path(shard.file).parent if self.image_root is None else self.image_root
+            finder = finders.setdefault(root, ImageFinder(root, check))
+            sources = (source for source, n_rows in part.runs for _ in range(n_rows))
+            with open(parts / f"{shard.index}.kept", "rb") as lines:
+                for line, number, source in zip(lines, part.lines.tolist(), sources, strict=True):
+                    record = parse(line)
+                    own = {
+                        "source": source,
+                        "rollout_id": own_text(record, "rollout_id") or f"{shard.source}:{number}",
+                    }
+                    row = to_row(record, drop_answer_step) | {"images": find_images(record, finder)} | own
+                    yield row | {  # fields that a row has no place for, as text
+                        self._text(key): self._text(value)
+                        for key, value in record.items()
+                        if value is not None and key not in READ_KEYS
+                    }
+
+    def _text(self, value: object) -> str:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if is_unicode(text):
+            return text
+        self.escaped += 1
+        return text.encode(errors="backslashreplace").decode()
+
+    def _features(self, rows: Iterator[dict]) -> Features:
+        self.escaped = 0
+        others = dict.fromkeys(key for row in rows for key in row if key not in FEATURES)
+        if self.escaped:
+            logger.warning("%s: %d texts hold half of a surrogate pair, written as \\ud...", self.output, self.escaped)
+        return Features({**FEATURES, **{key: Value("string") for key in others}})
+
+
+def _matches(pattern: str, path: Path) -> bool:
+    """Whether a glob would find a path, were it there."""
+
+    def fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+        if not pattern or not names:
+            return names == pattern
+        if pattern[0] == "**":
+            return fits(names, pattern[1:]) or fits(names[1:], pattern)
+        return fnmatch(names[0], pattern[0]) and fits(names[1:], pattern[1:])
+
+    return fits(*(Path(os.path.realpath(name)).parts for name in (path, pattern)))
+
+
+def _moved(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
+    """Files in which a line cannot tell its source by the name of the file, and the sources of their lines in order."""
+    runs: dict[str, list] = {}
+    for name, part in zip(names, emitted, strict=True):
+        for source, n_rows in part.runs:
+            run = runs.setdefault(name, [])
+            if run and run[-1][0] == source:
+                run[-1][1] += n_rows
+            else:
+                run.append([source, n_rows])
+    return {name: run for name, run in runs.items() if {source for source, _ in run} != {Path(name).stem}}
+
+
+def _digest(parts: Iterable[Path]) -> str:
+    """XXH3-128 of the kept lines in order, whatever their files: the name of a subset."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        with open(part, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _join(parts: list[Path], target: Path) -> None:
+    with open(target, "wb") as out:
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, out, 2**20)

@@ -1,0 +1,248 @@
+"""Checks of the data sets of a training, before it starts."""
+
+import os
+import re
+from collections.abc import Callable, Sized
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from ..data.rows import IGNORE_INDEX
+from ..prompting.tokens import check_prompt, row_name
+from .sampling import undecoded
+
+
+def check_row(row: dict[str, Any], name: str) -> None:
+    """Raise `ValueError` unless `row` has a question, steps, and a label a step in [0, 1] or -100, not all of them -100."""
+    missing = [column for column in ("prompt", "completions", "labels") if column not in row]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}; it has {', '.join(row)}: rename its columns")
+    if "image" in row and "images" not in row:
+        raise ValueError(f"{name} has an `image`, expected `images`, a list: write images=[image]")
+    if not isinstance(row["prompt"], str | list):
+        raise ValueError(
+            f"{name}: `prompt` is {row['prompt']!r:.60}, expected the question, or a list of chat messages"
+        )
+    for column, content in (("completions", "steps"), ("labels", "numbers, one a step")):
+        if not isinstance(row[column], Sized) or isinstance(row[column], str):
+            raise ValueError(f"{name}: `{column}` is {row[column]!r:.60}, expected a list of {content}")
+    labels, steps = row["labels"], row["completions"]
+    if not len(steps):
+        raise ValueError(f"{name}: `completions` is empty, expected at least one step: remove the row")
+    if len(labels) != len(steps):
+        raise ValueError(f"{name}: {len(labels)} labels for {len(steps)} steps, expected one label a step")
+    for number, step in enumerate(steps):
+        if not isinstance(step, str) or not step.strip():
+            raise ValueError(f"{name}: step {number} is {step!r}, expected text: remove the empty step and its label")
+    for number, label in enumerate(labels):
+        if not _is_label(label):
+            raise ValueError(
+                f"{name}: label of step {number} is {label!r}, expected a number in [0, 1], or -100 to ignore the step"
+            )
+    if all(label == IGNORE_INDEX for label in labels):
+        raise ValueError(f"{name}: every label is -100, expected at least one labelled step: remove the row")
+
+
+def _is_label(label: Any) -> bool:
+    try:
+        return bool(0 <= label <= 1 or label == IGNORE_INDEX)  # neither holds for NaN
+    except TypeError:  # text, None, a list
+        return False
+
+
+def with_count_labels(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The labels as shares of counts; raise `ValueError` where a labelled step has no count."""
+    counts, total = row.get("mc_counts"), row.get("mc_total")
+    if counts is None or not total or len(counts) != len(row["labels"]):
+        raise ValueError(
+            f'{name}: loss_type="beta_binomial" needs `mc_counts`, one a step, and `mc_total` above 0, '
+            f"got {counts!r:.60} and {total!r}"
+        )
+    labels = []
+    for number, (label, count) in enumerate(zip(row["labels"], counts, strict=True)):
+        if label != IGNORE_INDEX and not (isinstance(count, int) and 0 <= count <= total):
+            raise ValueError(f"{name}: count of step {number} is {count!r}, expected 0 to {total}")
+        labels.append(IGNORE_INDEX if label == IGNORE_INDEX else count / total)
+    return row | {"labels": labels}
+
+
+# Types of an Arrow column.
+NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+
+TEXTS = (pa.types.is_string, pa.types.is_large_string)
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    if isinstance(eval_dataset, dict):
+        evals = [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
+    else:
+        evals = [] if eval_dataset is None else [("eval_dataset", eval_dataset)]
+    return [("train_dataset", train_dataset), *evals]
+
+
+def arrow_columns(dataset: Dataset, *names: str) -> pa.Table:
+    """Columns as Arrow; images are not touched."""
+    return dataset.select_columns(list(names)).with_format("arrow")[:]
+
+
+def _where(dataset: Dataset, name: str, index: int) -> str:
+    """Name a row of a data set in an error."""
+    row = dataset.remove_columns([column for column in dataset.column_names if column == "images"])[index]
+    return f"{name}, {row_name(row, index).removesuffix(' of the batch')}"
+
+
+def check_dataset(
+    dataset: Dataset | IterableDataset, name: str, counts: bool = False, source_weights: bool = False
+) -> None:
+    """Raise `ValueError` for the first row without steps or usable labels, before training; streams fail at the row."""
+    if dataset.column_names is None:  # of a stream, as after a map; its rows are checked as they come
+        return
+    expected = {"prompt", "completions", "labels"} | ({"mc_counts", "mc_total"} if counts else set())
+    expected |= {"source"} if source_weights else set()
+    missing = expected - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"{name} has no column {', '.join(sorted(missing))}; it has {', '.join(dataset.column_names)}: "
+            "expected rows as load_rollouts returns them, or as TRL's PRMTrainer took them"
+        )
+    if "image" in dataset.column_names and "images" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has a column `image`, expected `images`, a list a row: "
+            'map(lambda row: {"images": [row["image"]]}, remove_columns="image")'
+        )
+    if isinstance(dataset, IterableDataset):
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows: check the selection")
+    table = arrow_columns(dataset, *expected - {"source"})
+    if _all_rows_fit(table) and (not counts or _all_counts_fit(table)):
+        return
+    for index, row in enumerate(dataset.remove_columns([c for c in dataset.column_names if c == "images"])):
+        where = f"{name}, {row_name(row, index).removesuffix(' of the batch')}"
+        check_row(row, where)
+        if counts:
+            with_count_labels(row, where)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _lists_of(column: pa.ChunkedArray, *tests: Callable[[pa.DataType], bool]) -> bool:
+    """Whether every row of a column is a list of values of one of these types."""
+    return _is_list(column.type) and column.null_count == 0 and any(test(column.type.value_type) for test in tests)
+
+
+def _all_rows_fit(table: pa.Table) -> bool:
+    """Whether no row can fail [`check_row`], told from whole columns."""
+    prompts, steps, labels = table["prompt"], table["completions"], table["labels"]
+    if prompts.null_count or not (pa.types.is_nested(prompts.type) or any(test(prompts.type) for test in TEXTS)):
+        return False
+    if not (_lists_of(steps, *TEXTS) and _lists_of(labels, *NUMBERS)):
+        return False
+    steps, labels = steps.combine_chunks(), labels.combine_chunks()
+    texts, values = pc.list_flatten(steps), pc.list_flatten(labels).cast(pa.float64())
+    blank = pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)).as_py()
+    usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
+    same_length = pc.all(pc.equal(pc.list_value_length(steps), pc.list_value_length(labels))).as_py()
+    labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])
+    whole = texts.null_count == values.null_count == 0 and len(labelled) == len(table)
+    return whole and same_length and not blank and pc.all(usable).as_py()
+
+
+def _all_counts_fit(table: pa.Table) -> bool:
+    """Whether no row that fits can fail [`with_count_labels`]."""
+    counts, totals = table["mc_counts"], table["mc_total"]
+    if not _lists_of(counts, pa.types.is_integer) or totals.null_count:
+        return False
+    labels, counts = table["labels"].combine_chunks(), counts.combine_chunks()
+    if not pc.all(pc.equal(pc.list_value_length(counts), pc.list_value_length(labels))).as_py():
+        return False
+    values = pc.list_flatten(counts)
+    total = totals.take(pc.list_parent_indices(counts))
+    fits = pc.fill_null(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, total)), False)
+    ignored = pc.equal(pc.list_flatten(labels).cast(pa.float64()), IGNORE_INDEX)
+    return pc.all(pc.greater(totals, 0)).as_py() and pc.all(pc.or_(fits, ignored)).as_py()
+
+
+def check_images(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise `ValueError` for the first row with a picture that is not there, before training; a broken one later."""
+    if isinstance(dataset, IterableDataset) or "images" not in dataset.column_names:
+        return
+    stored = dataset.data.column("images")  # of the whole file, of which the data set may be a selection
+    if not _is_list(stored.type) and not pa.types.is_null(stored.type):
+        raise ValueError(
+            f"{name}: the column `images` has one {stored.type} a row, expected a list of pictures a row: "
+            'map(lambda row: {"images": [row["images"]]})'
+        )
+    pictures = pc.list_flatten(stored) if _is_list(stored.type) else stored
+    if pa.types.is_struct(pictures.type):
+        paths = pc.struct_field(pictures, "path").filter(pc.is_null(pc.struct_field(pictures, "bytes")))
+    elif any(test(pictures.type) for test in TEXTS):
+        paths = pictures
+    else:
+        return
+    gone = {path for path in pc.unique(paths).to_pylist() if path is None or not _is_there(path)}
+    if not gone:
+        return
+    for index, images in enumerate(undecoded(dataset.select_columns("images"))["images"]):
+        for number, image in enumerate(images or []):
+            held = image if isinstance(image, dict) else {"path": image}
+            if held.get("bytes") is None and held["path"] in gone:
+                raise ValueError(
+                    f"{_where(dataset, name, index)}: picture {number} is {held['path']!r}, and there is no such file: "
+                    "put it there, name the folder of the images (image_root), or remove the row"
+                )
+
+
+def _is_there(path: str) -> bool:
+    return "://" in path or os.path.isfile(path)  # what lies behind a URL is seen when it is read
+
+
+def check_no_images(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise `ValueError` for the first row with pictures, of a text-only model, before training."""
+    if isinstance(dataset, IterableDataset) or "images" not in dataset.column_names:
+        return
+    first = 0
+    for table in dataset.select_columns("images").with_format("arrow").iter(batch_size=1000):
+        if _is_list(table["images"].type):
+            counts = pc.fill_null(pc.list_value_length(table["images"]), 0).to_numpy()
+            if counts.any():
+                index = int(counts.nonzero()[0][0])
+                raise ValueError(
+                    f"{_where(dataset, name, first + index)}: {counts[index]} images came with a text-only model: use a "
+                    "vision-language model, or remove the `images` column"
+                )
+        first += len(table)
+
+
+def check_lengths(dataset: Dataset | IterableDataset, name: str, column: str, max_length: int) -> None:
+    """Raise `ValueError` for the longest row where it is too long, before training."""
+    if isinstance(dataset, IterableDataset):
+        return
+    lengths = np.array(dataset[column][:])
+    if lengths.max() > max_length:
+        raise ValueError(
+            f"{_where(dataset, name, int(lengths.argmax()))} has {lengths.max()} tokens, more than max_length "
+            f"{max_length} ({(lengths > max_length).sum()} rows in all): raise max_length, or set overlong to "
+            '"drop_steps" or "drop_row"'
+        )
+
+
+def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name: str) -> None:
+    """Raise `ValueError` for the first question with a special token, before training; streams fail at the row."""
+    if isinstance(dataset, IterableDataset) or not forbidden:
+        return
+    prompts = arrow_columns(dataset, "prompt")["prompt"]
+    if not any(test(prompts.type) for test in TEXTS):  # chat messages are checked when they are rendered
+        return
+    hits = pc.match_substring_regex(prompts, "|".join(map(re.escape, forbidden))).to_numpy().nonzero()[0]
+    if len(hits):
+        index = int(hits[0])
+        try:
+            check_prompt(prompts[index].as_py(), forbidden)
+        except ValueError as error:
+            raise ValueError(f"{_where(dataset, name, index)} ({len(hits)} rows in all): {error}") from error

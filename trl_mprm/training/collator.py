@@ -1,0 +1,192 @@
+"""
+Rows in, one padded batch with a label at every marker out.
+
+With `share_prefix`, rows of the same images and question come as one prefix and its continuations:
+
+    {"labels": ..., "plain": {...rows that share with no other...},
+     "groups": [{"prefix": {"input_ids": (1, P), images}, "input_ids": (rows, R), "markers": (rows, R)}, ...]}
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Image
+
+from ..data.rows import IGNORE_INDEX
+from ..models.shared_prefix import prefix_inputs, shared_length, suffix_inputs
+from ..prompting.rendering import pad_batch, render_rows
+from ..prompting.step_format import StepFormat
+from ..prompting.tokens import ProcessingClass, Rendered, errors_name_row, prompt_key, row_name, tokenizer_of
+from .checks import check_row, with_count_labels
+
+
+logger = logging.getLogger(__name__)
+
+# Stands in where every row of a batch was dropped, so that all processes still make the same steps. It has no label.
+NOTHING = {"prompt": "-", "completions": ["-"], "labels": [IGNORE_INDEX]}
+
+
+@dataclass
+class DataCollatorForProcessReward:
+    """
+    Render rows and put each step's label at its marker; -100 everywhere else.
+
+    Labels are full-length floats on purpose: [`~transformers.Trainer`] counts the steps of an accumulated batch by
+    `labels != -100`, and soft labels must never be cast to int or bool.
+
+    Args:
+        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`):
+            The model's processor or tokenizer, with the marker already in its vocabulary.
+        step_format (`StepFormat`, *optional*):
+            Marker, reward tokens and joiner.
+        max_length (`int`, *optional*):
+            Most tokens a row may have, those of its images included. Images are never cut.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            What happens to a longer row: `"error"`, `"drop_steps"` (its last steps, as many as needed; the row where
+            no label is left) or `"drop_row"`. The batch counts what was dropped under `overlong`: rows, steps, and
+            labelled steps.
+        share_prefix (`bool`, *optional*, defaults to `False`):
+            Give rows of the same images and question as one prefix and its continuations.
+        counts (`bool`, *optional*, defaults to `False`):
+            Labels are `mc_counts / mc_total` and the batch holds `mc_total`, `(rows,)`, for count losses.
+        source_weights (`dict[str, float]`, *optional*):
+            Weight of the rows of each `source`, 1 where none is named; the batch holds `row_weights`, `(rows,)`.
+
+    Examples:
+    ```python
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from trl_mprm.training.collator import DataCollatorForProcessReward
+    >>> vocab = {"[PAD]": 0, "[UNK]": 1, "<prm>": 2, "Yes": 3, "No": 4, "two": 5, "plus": 6, "four": 7}
+    >>> words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    >>> collator = DataCollatorForProcessReward(tokenizer)
+    >>> batch = collator([
+    ...     {"prompt": "two plus two", "completions": ["two plus two", "four"], "labels": [1.0, 0.25]},
+    ...     {"prompt": "two", "completions": ["two"], "labels": [0.0]},
+    ... ])
+    >>> batch["input_ids"]
+    tensor([[5, 6, 5, 5, 6, 5, 2, 7, 2],
+            [5, 5, 2, 0, 0, 0, 0, 0, 0]])
+    >>> batch["labels"]
+    tensor([[-100.0000, -100.0000, -100.0000, -100.0000, -100.0000, -100.0000,
+                1.0000, -100.0000,    0.2500],
+            [-100.0000, -100.0000,    0.0000, -100.0000, -100.0000, -100.0000,
+             -100.0000, -100.0000, -100.0000]])
+
+    ```
+    """
+
+    processing_class: ProcessingClass
+    step_format: StepFormat = StepFormat()
+    max_length: int | None = None
+    overlong: str = "error"
+    share_prefix: bool = False
+    counts: bool = False
+    source_weights: dict[str, float] | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        for index, row in enumerate(rows):
+            check_row(row, row_name(row, index))
+        if self.counts:
+            rows = [with_count_labels(row, row_name(row, index)) for index, row in enumerate(rows)]
+        n_rows = len(rows)
+        rows = [_fetched(row, row_name(row, index)) | {"row_index": index} for index, row in enumerate(rows)]
+        if self.share_prefix:
+            rows, batch, dropped = self._shared(rows)
+        else:
+            rows, rendered, image_tensors, dropped = self._fitting(rows)
+            batch = self._plain(rows, rendered, image_tensors)
+        if self.max_length is not None:
+            batch["overlong"] = torch.tensor(dropped)
+        if self.max_length is not None or self.share_prefix:  # which rows are left, and in which order
+            batch["row_index"] = torch.tensor([row["row_index"] for row in rows])
+            batch["n_rows"] = torch.tensor(n_rows)
+        if self.counts:
+            batch["mc_total"] = torch.tensor([float(row.get("mc_total", 1)) for row in rows])
+        if self.source_weights is not None:
+            weights = [self.source_weights.get(row.get("source"), 1.0) for row in rows]
+            batch["row_weights"] = torch.tensor(weights, dtype=torch.float32)
+        return batch
+
+    def _shared(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any], list[int]]:
+        prompts: dict[Any, list[dict]] = {}
+        for index, row in enumerate(rows):
+            with errors_name_row(row, index):
+                prompts.setdefault(prompt_key(row), []).append(row)
+        alone = [group[0] for group in prompts.values() if len(group) == 1]
+        # Labels stand first: by them Trainer counts the rows.
+        used, batch, dropped = [], {"labels": None, "groups": []}, [0, 0, 0]
+        for group in [alone] * bool(alone) + [group for group in prompts.values() if len(group) > 1]:
+            fitting, rendered, image_tensors, group_dropped = self._fitting(group, same_prompt=group is not alone)
+            used += fitting
+            dropped = [sum(pair) for pair in zip(dropped, group_dropped, strict=True)]
+            if group is alone:
+                batch["plain"] = self._plain(fitting, rendered, image_tensors)
+                continue
+            length = shared_length(rendered)
+            labelled = [
+                [position for position, label in zip(tokens.positions, row["labels"], strict=True) if label >= 0]
+                for tokens, row in zip(rendered, fitting, strict=True)
+            ]
+            rendered = [tokens._replace(positions=read) for tokens, read in zip(rendered, labelled, strict=True)]
+            tokens, markers = suffix_inputs(rendered, length)
+            prefix = prefix_inputs(rendered[0], length, image_tensors)
+            batch["groups"].append({"prefix": prefix, "input_ids": tokens, "markers": markers})
+        width = max(len(row["labels"]) for row in used)
+        # Trainer counts labels from the second column on.
+        padded = [[IGNORE_INDEX, *row["labels"], *[IGNORE_INDEX] * (width - len(row["labels"]))] for row in used]
+        batch["labels"] = torch.tensor(padded, dtype=torch.float32)
+        return used, batch, dropped
+
+    def _plain(
+        self, rows: list[dict[str, Any]], rendered: list[Rendered], image_tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        batch, markers = pad_batch(rendered, tokenizer_of(self.processing_class))
+        labels = torch.full(markers.shape, float(IGNORE_INDEX))
+        labels[markers] = torch.tensor([float(label) for row in rows for label in row["labels"]])
+        return {**image_tensors, **batch, "labels": labels}
+
+    def _fitting(
+        self, rows: list[dict[str, Any]], same_prompt: bool = False
+    ) -> tuple[list[dict[str, Any]], list[Rendered], dict[str, torch.Tensor], list[int]]:
+        """Render rows and cut those that are too long; what is read, and how many rows, steps and labels were not."""
+        rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
+        fitting, dropped = [], [0, 0, 0]
+        for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
+            if self.max_length is None or len(tokens.input_ids) <= self.max_length:
+                fitting.append(row)
+                continue
+            name = f"{row_name(row, index)} has {len(tokens.input_ids)} tokens, more than max_length {self.max_length}"
+            if self.overlong == "error":
+                raise ValueError(f'{name}: raise max_length, or set overlong to "drop_steps" or "drop_row"')
+            n_kept = sum(position < self.max_length for position in tokens.positions)
+            n_kept *= self.overlong == "drop_steps" and any(label != IGNORE_INDEX for label in row["labels"][:n_kept])
+            gone = row["labels"][n_kept:]
+            counted = [int(n_kept == 0), len(gone), sum(label != IGNORE_INDEX for label in gone)]
+            dropped = [sum(pair) for pair in zip(dropped, counted, strict=True)]
+            logger.warning(f"{name}: {counted[2]} labelled steps dropped, {n_kept} steps kept")
+            if n_kept:
+                fitting.append(row | {key: row[key][:n_kept] for key in ("completions", "labels")})
+        if any(dropped):
+            fitting = fitting or [NOTHING | {"row_index": rows[0]["row_index"]}]
+            rendered, image_tensors = render_rows(fitting, self.processing_class, self.step_format, same_prompt)
+        return fitting, rendered, image_tensors, dropped
+
+
+def _fetched(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row with its pictures at hand: an undecoded column, as of a stream, may name them by URL."""
+    images = row.get("images") or []
+    far = [
+        isinstance(image, dict) and image.get("bytes") is None and "://" in str(image.get("path")) for image in images
+    ]
+    if not any(far):
+        return row
+    try:
+        opened = [Image().decode_example(image) if far else image for image, far in zip(images, far, strict=True)]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: cannot read image: {error}") from error
+    return row | {"images": opened}

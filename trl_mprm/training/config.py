@@ -1,0 +1,166 @@
+"""The few fields that a process reward training has beyond `transformers.TrainingArguments`."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..prompting.step_format import StepFormat
+from .loss import LOSS_TYPES
+
+
+OVERLONG = ("error", "drop_steps", "drop_row")
+REWARD_HEADS = ("lm", "classification")
+
+
+@dataclass
+class ProcessRewardConfig(TrainingArguments):
+    """
+    Configuration class for the [`ProcessRewardTrainer`].
+
+    Parameters:
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained`, used when `model` is given as a string.
+        processor_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the processor's `from_pretrained`, as `{"max_pixels": 200704}`. Saved with the
+            model, so scoring sees pictures of the same size.
+        marker (`str`, *optional*, defaults to `"<prm>"`):
+            Token after every step, at which the reward is read. Added to the vocabulary where it is missing.
+        reward_tokens (`list[str]`, *optional*, defaults to `["Yes", "No"]`):
+            Tokens whose logits tell a good step from a bad one, one token each.
+        loss_type (`str`, *optional*, defaults to `"hard"`):
+            `"hard"`: label 1[MC score > threshold], `"soft"`: the MC score itself, `"beta_binomial"`: the count of
+            good continuations, from the columns `mc_counts` and `mc_total` (its mean is the score; the logit of the
+            marker itself learns the concentration).
+        hard_threshold (`float`, *optional*, defaults to `0.0`):
+            Threshold of the hard label.
+        concentration_penalty (`float`, *optional*, defaults to `0.05`):
+            Of `loss_type="beta_binomial"`, see [`~loss.beta_binomial_losses`].
+        class_weights (`list[float]`, *optional*):
+            Weights of good and of bad steps in the loss. The sum is divided by the number of steps all the same.
+        source_weights (`dict[str, float]`, *optional*):
+            Weights of the rows of each `source`, 1 where none is named.
+        max_length (`int`, *optional*):
+            Most tokens a row may have, those of its images included. Images are never cut.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            What happens to a longer row: `"error"`, `"drop_steps"` or `"drop_row"`. What was dropped is counted in the
+            logs (`overlong_rows`, `overlong_steps`, `overlong_labelled_steps`; of an evaluation alone under
+            `eval_overlong_rows` and so on).
+        share_prefix (`bool`, *optional*, defaults to `False`):
+            Run images and question of rollouts of one question once a batch. The rows of a question are drawn
+            together, and its solutions are padded to the longest of them: in our test, of one to six steps of any
+            length, a third of the tokens. Not under FSDP and DeepSpeed ZeRO-3.
+        reward_head (`str`, *optional*, defaults to `"lm"`):
+            `"lm"`: two tokens of the language-model head. `"classification"`: a head of two labels on a text-only
+            model, as TRL's `PRMTrainer` trained; the prompt is plain text and a step is read at the last token of
+            `step_separator`.
+        step_separator (`str`, *optional*, defaults to `"\\n"`):
+            Text after every step, for `reward_head="classification"`.
+        freeze_vision_encoder (`bool`, *optional*, defaults to `True`):
+            Keep the vision encoder as it is; the projector and the text decoder are trained.
+
+    > [!NOTE]
+    > These differ from the defaults of [`~transformers.TrainingArguments`], as in the paper's Table 7:
+    > `learning_rate` 1e-5, `weight_decay` 0.05, `warmup_steps` 0.05 (a share of all steps), `lr_scheduler_type`
+    > "cosine", `num_train_epochs` 1. And `logging_steps` is 10, `remove_unused_columns` False (the collator reads the
+    > raw columns).
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "processor_kwargs",
+        "source_weights",
+    ]
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the raw columns."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when the model is a string."}
+    )
+    processor_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for the processor, as {'max_pixels': 200704}."}
+    )
+    marker: str = field(default=StepFormat.marker, metadata={"help": "Token after every step."})
+    reward_tokens: list[str] = field(
+        default_factory=lambda: list(StepFormat.reward_tokens),
+        metadata={"help": "The two tokens for a good and a bad step."},
+    )
+    loss_type: str = field(
+        default="hard", metadata={"help": "'hard', 'soft' or 'beta_binomial'.", "choices": LOSS_TYPES}
+    )
+    hard_threshold: float = field(default=0.0, metadata={"help": "Hard label = 1[MC score > threshold]."})
+    concentration_penalty: float = field(default=0.05, metadata={"help": "Of loss_type='beta_binomial'."})
+    class_weights: list[float] | None = field(default=None, metadata={"help": "Weights of good and of bad steps."})
+    source_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Weights of the rows of each source, as {'ChartQA': 2.0}."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens a row may have, images included."})
+    overlong: str = field(
+        default="error", metadata={"help": "'error', 'drop_steps' or 'drop_row' for longer rows.", "choices": OVERLONG}
+    )
+    share_prefix: bool = field(
+        default=False, metadata={"help": "Run images and question of rollouts of one question once a batch."}
+    )
+    reward_head: str = field(
+        default="lm",
+        metadata={"help": "'lm', or 'classification' as TRL's PRMTrainer.", "choices": REWARD_HEADS},
+    )
+    step_separator: str = field(default="\n", metadata={"help": "After a step, with reward_head='classification'."})
+    freeze_vision_encoder: bool = field(default=True, metadata={"help": "Do not train the vision encoder."})
+
+    def __post_init__(self):
+        choices = {"loss_type": LOSS_TYPES, "overlong": OVERLONG, "reward_head": REWARD_HEADS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if not 0 <= self.hard_threshold < 1:
+            raise ValueError(
+                f"hard_threshold is {self.hard_threshold}, expected at least 0 and below 1: a step is good above it"
+            )
+        if self.class_weights is not None and (len(self.class_weights) != 2 or not _all_weights(self.class_weights)):
+            raise ValueError(f"class_weights is {self.class_weights}, expected two of at least 0: for good, for bad")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}, expected at least 1, or None for no limit")
+        if self.share_prefix and self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                'share_prefix draws the rows of a question together and train_sampling_strategy="group_by_length" rows '
+                "of one length: choose one"
+            )
+        if not self.step_separator:
+            raise ValueError("step_separator is empty, expected text that ends a step")
+        if self.reward_head == "classification" and (self.share_prefix or self.loss_type == "beta_binomial"):
+            raise ValueError('share_prefix and loss_type="beta_binomial" need reward_head="lm"')
+        if len(self.reward_tokens) != 2:
+            raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two: for a good step, for a bad step")
+        if self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"hub_strategy is {self.hub_strategy!r}, expected 'end' or 'every_save': "
+                "checkpoints to resume from hold pickles, which are not published"
+            )
+        super().__post_init__()  # reads the dictionaries
+        if self.source_weights is not None and not _all_weights(self.source_weights.values()):
+            raise ValueError(f"source_weights is {self.source_weights}, expected numbers of at least 0")
+        if "quantization_config" in (self.model_init_kwargs or {}):
+            raise ValueError(
+                "model_init_kwargs has quantization_config: give it to ProcessRewardTrainer itself, or set load_in_4bit "
+                "on the command line; only the text decoder is quantised then"
+            )
+
+    @property
+    def step_format(self) -> StepFormat:
+        if self.reward_head == "classification":
+            return StepFormat(
+                self.step_separator, joiner="", messages=(("", "{question}"),), head="score", loss_type=self.loss_type
+            )
+        return StepFormat(self.marker, tuple(self.reward_tokens), loss_type=self.loss_type)
+
+
+def _all_weights(weights: Iterable[float]) -> bool:
+    return all(0 <= weight < math.inf for weight in weights)

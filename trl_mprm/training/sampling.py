@@ -1,0 +1,153 @@
+"""
+The order in which a training draws its rows.
+
+    share_prefix       the rollouts of a question together, questions in random order:  [q7 q7 q7][q2][q5 q5]...
+    group_by_length    rows of nearly equal length together; this file counts the tokens that Trainer groups by
+
+And the rows themselves, as they are drawn: each knows its number, by which errors name it; pictures are not opened yet.
+
+    {"images": [{"path": "a.png", "bytes": None}], "prompt": "How many?", ..., "rollout_id": "40"}
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from datasets import Dataset, Image, IterableDataset, List
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ..prompting.rendering import render_rows
+from ..prompting.step_format import StepFormat
+from ..prompting.tokens import ProcessingClass
+
+
+def _digest(image: bytes) -> str:
+    return hashlib.blake2b(image, digest_size=16).hexdigest()
+
+
+def prompt_groups(dataset: Dataset) -> list[list[int]]:
+    """
+    Row numbers by question: rows with the same images and prompt. Images are compared as they are stored, undecoded.
+
+    Examples:
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_mprm.training.sampling import prompt_groups
+    >>> prompt_groups(Dataset.from_dict({"prompt": ["a", "b", "a"], "images": [[], [], []]}))
+    [[0, 2], [1]]
+
+    ```
+    """
+    columns = [name for name in ("prompt", "images") if name in dataset.column_names]
+    groups: dict[bytes, list[int]] = {}
+    index = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for row in table.to_pylist():
+            key = hashlib.blake2b(json.dumps(row, default=_digest, sort_keys=True).encode(), digest_size=16).digest()
+            groups.setdefault(key, []).append(index)
+            index += 1
+    return list(groups.values())
+
+
+def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows with pictures as they are stored: who opens one can name the row where it is broken."""
+    if (dataset.features or {}).get("images") != List(Image()):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.cast_column("images", List(Image(decode=False)))
+    dataset = copy.deepcopy(dataset)  # shares the table; a cast would write all of it anew
+    dataset.info.features["images"] = List(Image(decode=False))
+    return dataset
+
+
+def numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """A row that has an id: its number in the data set where it has no other."""
+    return {**row, "rollout_id": row.get("rollout_id") or str(index)}
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """
+    Rows of a data set, for a data loader: each with an id, pictures undecoded.
+
+    Examples:
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_mprm.training.sampling import NumberedRows
+    >>> NumberedRows(Dataset.from_dict({"prompt": ["a", "b"]}))[1]
+    {'prompt': 'b', 'rollout_id': '1'}
+
+    ```
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = undecoded(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return numbered(self.dataset[index], index)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """All rows of a batch in one read; data loaders ask for it."""
+        return [numbered(row, index) for row, index in zip(self.dataset.__getitems__(indices), indices, strict=True)]
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """
+    An order that depends on seed and epoch alone: the same in every process, and after a resumption.
+
+    Args:
+        order (`Callable`):
+            From a generator to row numbers, as [`by_prompt`] or [`by_length`] make it.
+        n_rows (`int`):
+            How many they are.
+        seed (`int`):
+            Seed of the order, which is another one in each epoch.
+    """
+
+    def __init__(self, order: Callable[[torch.Generator], Iterable[int]], n_rows: int, seed: int):
+        self.order, self.n_rows, self.seed, self.epoch = order, n_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order(torch.Generator().manual_seed(self.seed + self.epoch)))
+
+
+def by_prompt(groups: list[list[int]]) -> Callable[[torch.Generator], Iterable[int]]:
+    """Groups of [`prompt_groups`] in random order, the rows of a group one after the other."""
+
+    def order(generator: torch.Generator) -> Iterator[int]:
+        return chain.from_iterable(
+            groups[number] for number in torch.randperm(len(groups), generator=generator).tolist()
+        )
+
+    return order
+
+
+def by_length(lengths: list[int], batch_size: int) -> Callable[[torch.Generator], Iterable[int]]:
+    """Rows of like length in a batch, as Trainer groups them."""
+    return lambda generator: get_length_grouped_indices(lengths, batch_size, generator=generator)
+
+
+@dataclass(frozen=True)
+class WithLength:
+    """Add a column with the tokens of a row: `undecoded(dataset).map(WithLength(...), with_indices=True)`."""
+
+    processing_class: ProcessingClass
+    step_format: StepFormat
+    column: str
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, int]:
+        rendered, _ = render_rows([numbered(row, index)], self.processing_class, self.step_format)
+        return {self.column: len(rendered[0].input_ids)}
