@@ -28,6 +28,7 @@ from PIL import Image as PILImage
 from trl_mprm.cli import main
 from trl_mprm.data.rollouts import Rollout, read_rollouts
 from trl_mprm.data.shards import input_files, line_batches, lines_at, plan_shards
+from trl_mprm.selection import engine, files
 from trl_mprm.selection.bis import add_bis
 from trl_mprm.selection.files import select_files
 from trl_mprm.selection.passes import _is_utf8, _Rows, emit, score_shard
@@ -305,10 +306,10 @@ def test_processes_and_shards_write_the_same_bytes(tmp_path, monkeypatch):
     (tmp_path / "raw").mkdir()
     write_corpus(tmp_path / "raw", corpus)
     select_files(tmp_path / "raw", tmp_path / "one", fraction=0.3, ties="hash")
-    monkeypatch.setattr(selection, "POOL_BYTES", 0)
-    monkeypatch.setattr(selection, "plan_shards", partial(plan_shards, shard_bytes=1000))
+    monkeypatch.setattr(engine, "POOL_BYTES", 0)
+    monkeypatch.setattr(files, "plan_shards", partial(plan_shards, shard_bytes=1000))
     parents = []
-    monkeypatch.setattr(selection, "emit", lambda *args: parents.append(os.getpid()) or emit(*args))
+    monkeypatch.setattr(engine, "emit", lambda *args: parents.append(os.getpid()) or emit(*args))
     select_files(tmp_path / "raw", tmp_path / "many", fraction=0.3, ties="hash")
     assert not parents  # the work was done by other processes
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
