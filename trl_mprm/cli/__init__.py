@@ -1,0 +1,47 @@
+"""`trl-mprm select | train | score | evaluate | card | convert | demo`: arguments in, the library works, one table out."""
+
+import argparse
+import logging
+import sys
+
+from . import card, convert, demo, evaluate, score, select, train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run one command; return its exit code: 0, or 2 after one line that says what was wrong.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.cli import main
+    >>> main(["score", "no/such-folder/anywhere", "--question", "2+2?", "--step", "4"])
+    2
+
+    ```
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # Tells on import that a kernel is missing which we would switch off anyway, see models.loading.keep_4bit_gradients_on_cpu.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        if argv[:1] == ["train"]:  # TrlParser has its own flags, taken from the dataclasses
+            return train.train(argv[1:])
+        args = _parser().parse_args(argv)
+        return args.command(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "trl-mprm", description="Multimodal process reward models on the Hugging Face stack"
+    )
+    commands = parser.add_subparsers(
+        required=True, metavar="select | train | score | evaluate | card | convert | demo"
+    )
+    select.add_parser(commands)
+    train_help = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
+    commands.add_parser("train", help=train_help)  # shown in the help; main() hands the arguments to TrlParser
+    for command in (score, evaluate, card, convert, demo):
+        command.add_parser(commands)
+    return parser

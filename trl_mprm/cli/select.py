@@ -1,0 +1,90 @@
+"""`trl-mprm select`: files of rollouts in, the kept ones and their evidence out."""
+
+import argparse
+from pathlib import Path
+
+from tabulate import tabulate
+
+from .arguments import ShowDefaults, print_table
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("select", help="keep the rollouts that teach most", formatter_class=ShowDefaults)
+    command.set_defaults(command=select)
+    command.add_argument("input", nargs="+", help="folder, *.jsonl file(s) or Hub id of annotated rollouts")
+    command.add_argument("--output", help="*.jsonl, *.parquet, or a folder (one JSONL for each input)")
+    command.add_argument("--compare", action="store_true", help="print what every rule would keep, side by side")
+    command.add_argument("--report", metavar="FILE", help="also draw the selection on a page, FILE.html")
+    command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
+    command.add_argument("--rule", default="bis", choices=["bis", "random", "mixed", "reliable", "low_mc"])
+    command.add_argument("--fraction", type=float, default=0.1, help="share kept")
+    command.add_argument("--by", default="source", choices=["source", "corpus"], help="of each source, or of all rows")
+    command.add_argument("--alpha", type=float, default=0.05, help="of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%")
+    command.add_argument("--ties", default="first", choices=["first", "hash"], help="first in the file, or by hash")
+    command.add_argument("--seed", type=int, default=0, help="of the rule `random` and of the hash")
+    command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
+    command.add_argument("--drop-answer-step", action="store_true", help="do not score a step that states the answer")
+    command.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    command.add_argument("--save-to-disk", action="store_true", help="OUTPUT is a folder for datasets.load_from_disk")
+    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="also publish the kept rows, with images and card")
+    command.add_argument("--license", help="on that card; default: of the source, where it is on the Hub")
+
+
+def select(args: argparse.Namespace) -> int:
+    from ..selection.files import select_files
+    from ..selection.report import report_table
+
+    inputs = args.input if len(args.input) > 1 else args.input[0]
+    if args.compare:
+        _compare(inputs, args)
+    if args.output is None:
+        if args.compare and not args.report:
+            return 0
+        raise ValueError("expected --output, where the kept rollouts go (or --compare alone, to keep none)")
+    report = select_files(
+        inputs,
+        args.output,
+        args.rule,
+        fraction=args.fraction,
+        alpha=args.alpha,
+        ties=args.ties,
+        seed=args.seed,
+        by=args.by,
+        image_root=args.image_root,
+        drop_answer_step=args.drop_answer_step,
+        strict=args.strict,
+        save_to_disk=args.save_to_disk,
+        push_to_hub=args.push_to_hub,
+        license=args.license,
+        engine=args.engine,
+        page=args.report,
+    )
+    print_table(report_table(report))
+    output = Path(args.output)
+    folder = output.parent if output.suffix in (".jsonl", ".parquet") else output
+    print(f"\nkept rollouts: {output}\nevidence: {folder / 'selection.json'}")
+    for reason, count in report["total"]["refused"].items():
+        print(f"refused: {count} {reason} (see {folder / 'refused.jsonl'})")
+    if args.report:
+        print(f"page: {args.report}")
+    if args.push_to_hub:
+        print(f"published: dataset {args.push_to_hub}")
+    return 0
+
+
+def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:
+    from ..selection.comparison import compare_rules, comparison_table
+
+    table = compare_rules(
+        inputs,
+        fraction=args.fraction,
+        alpha=args.alpha,
+        ties=args.ties,
+        seed=args.seed,
+        by=args.by,
+        image_root=args.image_root,
+        drop_answer_step=args.drop_answer_step,
+        engine=args.engine,
+    )
+    header, *rows = comparison_table(table)
+    print(tabulate(rows, header, disable_numparse=True, colalign=("left", *["right"] * len(table))), end="\n\n")

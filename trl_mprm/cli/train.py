@@ -1,0 +1,123 @@
+"""`trl-mprm train`: the flags of TRL, from the command line or a YAML file."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .arguments import print_table
+
+
+@dataclass
+class DataArguments:
+    """
+    Rollouts to train on.
+
+    Parameters:
+        dataset_name (`str`):
+            Folder, JSONL file or Hub id, as [`load_rollouts`] takes it.
+        image_root (`str`, *optional*):
+            Folder of the images.
+        rule (`str`, *optional*):
+            Train on what this rule keeps: `bis`, `random`, `mixed`, `reliable` or `low_mc`. Defaults to all rollouts.
+        fraction (`float`, *optional*, defaults to `0.1`):
+            Share kept of each source.
+        alpha (`float`, *optional*, defaults to `0.05`):
+            Alpha of BIS.
+        ties (`str`, *optional*, defaults to `"first"`):
+            `first` in the file, or by `hash`.
+        eval_dataset_name (`str`, *optional*):
+            Rollouts to evaluate on during training.
+    """
+
+    dataset_name: str = field(metadata={"help": "Folder, JSONL file or Hub id of annotated rollouts."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images."})
+    rule: str | None = field(default=None, metadata={"help": "Train on what this rule keeps; default: everything."})
+    fraction: float = field(default=0.1, metadata={"help": "Share kept of each source."})
+    alpha: float = field(default=0.05, metadata={"help": "Alpha of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%."})
+    ties: str = field(default="first", metadata={"help": "`first` in the file, or by `hash`."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rollouts to evaluate on in training."})
+
+
+SMOKE = (
+    "only check the recipe: its first steps on a tiny random model of the same architecture and made rollouts, without "
+    "a download; shows that the fields fit together and that training runs, nothing of memory, speed, F1 or the launcher"
+)
+
+
+def train(argv: list[str]) -> int:
+    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+    from ..data.hub import hub_snapshot, is_hub_id
+    from ..data.rollouts import load_rollouts
+    from ..selection.datasets import select as select_rollouts
+    from ..training.config import ProcessRewardConfig
+    from ..training.trainer import ProcessRewardTrainer
+
+    if "--smoke" in argv:
+        return _smoke([word for word in argv if word != "--smoke"])
+    parser = TrlParser((DataArguments, ProcessRewardConfig, ModelConfig), prog="trl-mprm train")
+    parser.add_argument("--smoke", action="store_true", help=SMOKE)
+    data, args, model, _ = parser.parse_args_and_config(argv)
+    if model.model_name_or_path is None:
+        raise ValueError("no model to train: set model_name_or_path to a Hub id or folder")
+    rollouts = load_rollouts(data.dataset_name, image_root=data.image_root)
+    on_hub = is_hub_id(data.dataset_name)
+    subset = hub_snapshot(data.dataset_name, "selection.json") if on_hub else Path(data.dataset_name)
+    if data.rule is not None:
+        selection = select_rollouts(
+            rollouts, data.rule, fraction=data.fraction, alpha=data.alpha, ties=data.ties, seed=args.seed
+        )
+        rollouts, report = rollouts.select(selection.indices), selection.report
+    else:
+        report = _selection_beside(subset, len(rollouts))
+    args.model_init_kwargs = {
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    trainer = ProcessRewardTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=rollouts,
+        eval_dataset=load_rollouts(data.eval_dataset_name, data.image_root) if data.eval_dataset_name else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        selection=report,
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card(dataset_name=data.dataset_name, dataset_revision=subset.name if on_hub else None)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        history = trainer.state.log_history
+        keys = ("train_loss", "train_runtime", "eval_loss", "eval_auc", "eval_macro_f1_pooled")
+        rows = [[key, entry[key]] for key in keys for entry in history[-2:] if key in entry]
+        print_table([["", "last"], ["rollouts", len(rollouts)], ["optimizer steps", trainer.state.global_step], *rows])
+        print(f"\nmodel and card: {args.output_dir}")
+    return 0
+
+
+def _smoke(argv: list[str]) -> int:
+    from tempfile import TemporaryDirectory
+
+    from ..training.smoke import cut_down
+
+    with TemporaryDirectory(prefix="trl-mprm-smoke-") as folder:
+        argv, told = cut_down(argv, Path(folder))
+        train(argv)
+    print_table([["smoke", "the recipe", "here"], *told])
+    print("\nThe recipe runs; what it wrote is deleted again. That its fields fit together is all this shows:")
+    print("nothing of memory, speed, F1 or the launcher.")
+    return 0
+
+
+def _selection_beside(path: Path, n_rows: int) -> dict | None:
+    """The evidence that `trl-mprm select` wrote beside the rows, for the card; None if it tells of other rows."""
+    path = (path.parent if path.is_file() else path) / "selection.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return report if report is not None and report["total"]["kept"] == n_rows else None
