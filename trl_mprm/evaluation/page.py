@@ -12,17 +12,17 @@ its score in colour beside the human label, the first error marked. Sources and 
 import base64
 import hashlib
 import io
-import re
 from collections.abc import Sequence
 from math import ceil
 from statistics import median
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ..data.aggregates import AGGREGATES
+from ..pages import colour, render_page
+from ..text import plain
 from .benchmarks import Benchmark
 from .metrics import CALIBRATION_BINS, calibration_bins
 
@@ -78,25 +78,22 @@ def evaluation_page(
     scored = [record for record in records if record["scores"] is not None]
     threshold = None if "pass_at_n" in results else _threshold(results)
     cards = _cards([(items[record["id"]], record) for record in scored], threshold)
-    return (
-        _environment()
-        .get_template("evaluation.html")
-        .render(
-            model=model_name,
-            title=benchmark.title,
-            report=results["benchmark"],
-            results=results,
-            threshold=threshold,
-            sources=list(results["sources"].items()),
-            calibration=None if threshold is None else _calibration(scored),
-            cards=cards,
-            shown_sources=list(dict.fromkeys(card["source"] for card in cards)),
-            shown_verdicts=[name for name in VERDICTS if any(name in card["verdicts"] for card in cards)],
-            verdicts=VERDICTS,
-            good_verdicts=GOOD_VERDICTS,
-            n_questions=len({(record["source"], _question(record)) for record in scored}),
-            max_listed=MAX_LISTED,
-        )
+    return render_page(
+        "evaluation.html",
+        model=model_name,
+        title=benchmark.title,
+        report=results["benchmark"],
+        results=results,
+        threshold=threshold,
+        sources=list(results["sources"].items()),
+        calibration=None if threshold is None else _calibration(scored),
+        cards=cards,
+        shown_sources=list(dict.fromkeys(card["source"] for card in cards)),
+        shown_verdicts=[name for name in VERDICTS if any(name in card["verdicts"] for card in cards)],
+        verdicts=VERDICTS,
+        good_verdicts=GOOD_VERDICTS,
+        n_questions=len({(record["source"], _question(record)) for record in scored}),
+        max_listed=MAX_LISTED,
     )
 
 
@@ -145,10 +142,10 @@ def _card(pairs: list[tuple[dict, dict]], worst: bool, threshold: float | None) 
     item = pairs[0][0]
     solutions = [_solution(own, record, threshold) for own, record in pairs]
     return {
-        "name": _plain(item["id"] if len(pairs) == 1 else item["group"]),
+        "name": plain(item["id"] if len(pairs) == 1 else item["group"], MAX_TEXT),
         "source": item["source"],
-        "policy_model": _plain(str(item.get("policy_model") or "")),
-        "prompt": _plain(item["prompt"]),
+        "policy_model": plain(str(item.get("policy_model") or ""), MAX_TEXT),
+        "prompt": plain(item["prompt"], MAX_TEXT),
         "images": [_thumbnail(path) for path in item["images"][:MAX_IMAGES]],
         "more_images": max(0, len(item["images"]) - MAX_IMAGES),
         "worst": worst,
@@ -164,10 +161,10 @@ def _solution(item: dict[str, Any], record: dict[str, Any], threshold: float | N
     below = [index for index, score in enumerate(scores) if threshold is not None and score < threshold]
     steps = [
         {
-            "text": _plain(text),
+            "text": plain(text, MAX_TEXT),
             "label": label,
             "score": score,
-            "colour": _colour(score),
+            "colour": colour(score),
             "first_error": bool(wrong) and index == wrong[0],
             "reported": index in below,
         }
@@ -224,30 +221,3 @@ def _thumbnail(path: str) -> str | None:
     data = io.BytesIO()
     canvas.save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-def _plain(text: str) -> str:
-    """Text without control characters, overrides of direction and lone surrogates, cut where it is very long."""
-    text = re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text
-    ).strip()
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
-
-
-def _colour(score: float) -> str:
-    """From bad over middling to good: two neighbours of these three colours, mixed by the browser."""
-    lower, upper, share = ("bad", "mid", 2 * score) if score < 0.5 else ("mid", "good", 2 * score - 1)
-    return f"color-mix(in oklab, var(--{upper}) {100 * share:.0f}%, var(--{lower}))"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("trl_mprm"),
-        autoescape=True,  # every text of the benchmark is escaped; the template never marks one as safe
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["points"] = lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f}"
-    return environment

@@ -13,15 +13,15 @@ the cut and its ties by source; kept and dropped rollouts with their steps colou
 inline SVG. The scatter is a histogram of at most 520 cells, so the page is as small for ten million rollouts as for ten.
 """
 
-import re
 from math import log, log10
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..data.formats import parse, to_row
 from ..data.rows import image_list, own_text
 from ..data.shards import Shard, lines_at
+from ..pages import colour, render_page
+from ..text import plain
 from .bis import score_of_sums
 from .engine import LocalRun
 from .threshold import Cut, Scores, Summary, kept_rows
@@ -33,7 +33,7 @@ WIDTH, HISTOGRAM_HEIGHT, REGION_HEIGHT = 780, 220, 400
 BINS, MIXTURE_CELLS, RELIABILITY_CELLS = 60, 26, 20
 
 # What is shown of a corpus with many sources, and of a long rollout.
-N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP, MAX_NAME = 10, 100, 400, 10, 300, 90
+N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP = 10, 100, 400, 10, 300
 
 
 def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut, run: "LocalRun", alpha: float) -> str:
@@ -98,8 +98,8 @@ def render_selection_report(
     columns = [_kinds(part, alpha, check_images) for part in (valid, kept)]
     sources = _largest_sources(report)
     shares = [row["kept"] / max(row["valid"], 1) for row in report["sources"].values()]
-    page = _environment().get_template("selection_report.html")
-    return page.render(
+    return render_page(
+        "selection_report.html",
         report=report,
         total=report["total"],
         alpha=alpha,
@@ -299,37 +299,10 @@ def _largest_sources(report: dict) -> dict[str, dict]:
 def _example(row: dict) -> dict:
     scores, steps = row["mc_scores"], row["completions"]
     return row | {
-        "prompt": _plain(row["prompt"], MAX_PROMPT),
+        "prompt": plain(row["prompt"], MAX_PROMPT),
         "steps": [
-            {"text": _plain(text, MAX_STEP), "score": score, "colour": None if score is None else _colour(score)}
+            {"text": plain(text, MAX_STEP), "score": score, "colour": None if score is None else colour(score)}
             for text, score in list(zip(steps, scores, strict=True))[:MAX_STEPS]
         ],
         "more_steps": max(0, len(steps) - MAX_STEPS),
     }
-
-
-def _plain(text: str, longest: int) -> str:
-    """Text without control characters and overrides of the writing direction, cut at `longest` characters."""
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text)
-    return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest:,} more characters)"
-
-
-def _colour(score: float) -> str:
-    """From bad over middling to good: two neighbours of these three colours, mixed by the browser."""
-    lower, upper, share = ("bad", "mid", 2 * score) if score < 0.5 else ("mid", "good", 2 * score - 1)
-    return f"color-mix(in oklab, var(--{upper}) {100 * share:.0f}%, var(--{lower}))"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("trl_mprm"),
-        autoescape=True,  # every text of the corpus is escaped; the template never marks one as safe
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["name"] = lambda text: _plain(text, MAX_NAME)
-    environment.filters["number"] = lambda value, digits=4: "–" if value is None else f"{value:.{digits}g}"
-    environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["percent"] = lambda value, digits=1: "–" if value is None else f"{value:.{digits}%}"
-    return environment

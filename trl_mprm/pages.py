@@ -1,0 +1,38 @@
+"""What the HTML pages share: one file each that runs nothing and loads nothing, from a template beside this module."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .text import plain
+
+
+MAX_NAME = 90
+
+
+def render_page(template: str, **values: Any) -> str:
+    """
+    Render a template of `templates/`. Every text is escaped; the templates mark none as safe.
+
+    Filters: `name` (a name as plain text, cut where it is very long), `count` (1,234), `number` (4 digits), `percent`
+    (12.3%) and `points` (12.3); the last three show `None` as a dash.
+    """
+    environment = Environment(
+        loader=PackageLoader("trl_mprm"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["name"] = lambda text: plain(text, MAX_NAME)
+    environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["number"] = lambda value, digits=4: "–" if value is None else f"{value:.{digits}g}"
+    environment.filters["percent"] = lambda value, digits=1: "–" if value is None else f"{value:.{digits}%}"
+    environment.filters["points"] = lambda value, digits=1: "–" if value is None else f"{100 * value:.{digits}f}"
+    return environment.get_template(template).render(**values)
+
+
+def colour(score: float) -> str:
+    """CSS colour of a score, from bad over middling to good: two neighbours of these three, mixed by the browser."""
+    lower, upper, share = ("bad", "mid", 2 * score) if score < 0.5 else ("mid", "good", 2 * score - 1)
+    return f"color-mix(in oklab, var(--{upper}) {100 * share:.0f}%, var(--{lower}))"

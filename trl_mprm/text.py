@@ -1,0 +1,29 @@
+"""Text that others wrote, as names, questions and steps are, made safe to show."""
+
+import re
+
+
+# Marks that turn the direction of writing show nothing, and can make a name read as another.
+_DIRECTION = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+# Control characters but tab and new line, among them the escape that a terminal obeys; and halves of surrogate pairs.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def plain(text: str, longest: int | None = None) -> str:
+    """
+    Text without marks of direction, with `\\ufffd` for each control character and lone surrogate, cut at `longest`
+    characters.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.text import plain
+    >>> plain("red \\u202eevil\\x1b[2J", longest=9)
+    'red evil\\ufffd … (3 more characters)'
+
+    ```
+    """
+    text = _UNSEEN.sub("\ufffd", _DIRECTION.sub("", text.replace("\r\n", "\n")))
+    if longest is None or len(text) <= longest:
+        return text
+    return f"{text[:longest]} … ({len(text) - longest:,} more characters)"
