@@ -11,6 +11,7 @@ from PIL import Image
 
 from trl_mprm import evaluate_model, load_rollouts, read_benchmark
 from trl_mprm.demo.base import BASE_MODEL, draw_batch, tile_pixels
+from trl_mprm.demo.corpus import write_benchmark, write_corpus
 from trl_mprm.demo.run import interval, run_demo, summarise, verdict, zero_shot_prm
 from trl_mprm.demo.settings import DEMO, QUICK
 from trl_mprm.demo.world import (
@@ -22,8 +23,6 @@ from trl_mprm.demo.world import (
     make_problems,
     roll_out,
     step_texts,
-    write_benchmark,
-    write_corpus,
 )
 
 

@@ -13,8 +13,8 @@ import yaml
 
 from trl_mprm import ProcessRewardTrainer
 from trl_mprm.cli import main
+from trl_mprm.demo.corpus import write_corpus
 from trl_mprm.demo.settings import DEMO
-from trl_mprm.demo.world import write_corpus
 from trl_mprm.evaluation.published_results import TABLES
 
 

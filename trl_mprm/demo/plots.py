@@ -7,9 +7,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from ..evaluation.benchmarks import Benchmark
-from ..scoring import ProcessRewardModel
-from ..selection.datasets import top_fraction
+from trl_mprm import ProcessRewardModel, top_fraction
 
 
 matplotlib.use("Agg")  # writes files only; a server has no display
@@ -53,9 +51,9 @@ def draw_corpus(scored: Dataset, fraction: float, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_solution(prm: ProcessRewardModel, benchmark: Benchmark, path: Path) -> None:
+def draw_solution(prm: ProcessRewardModel, items: list[dict], path: Path) -> None:
     """One picture of the benchmark with a solution that goes wrong halfway; the steps coloured by their score."""
-    item = max(benchmark.items, key=lambda item: min(item["labels"].count(1), item["labels"].count(-1)))
+    item = max(items, key=lambda item: min(item["labels"].count(1), item["labels"].count(-1)))
     scores = prm.score(item["images"], item["prompt"], item["completions"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(1, 1.5), layout="constrained")
     left.imshow(Image.open(item["images"][0]))

@@ -1,6 +1,5 @@
 """
-The miniature from end to end with the public API, as a user would write it; only the zero-shot row, a model that was
-never trained, is put together by hand.
+The miniature from end to end with the public API, as a user would write it.
 
     from trl_mprm.demo.run import run_demo
     run_demo("runs/demo")
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,12 @@ from trl_mprm import (
     select,
     top_fraction,
 )
+from trl_mprm.files import write_json
 
-from ..files import write_json
-from ..models.loading import add_marker, load_model, load_processing_class
-from ..prompting.step_format import StepFormat
 from . import plots
 from .base import BASE_MODEL
+from .corpus import write_benchmark, write_corpus
 from .settings import DEMO, QUICK, Settings
-from .world import write_benchmark, write_corpus
 
 
 METRICS = ("macro_f1_step_weighted", "macro_f1_pooled", "auc")
@@ -110,7 +108,9 @@ def run_demo(
     plots.draw_corpus(load_scored(first, settings), settings.fraction, output_dir / "corpus.png")
     trained = first / "bis10"
     if trained.is_dir():
-        plots.draw_solution(load_prm(trained, qlora), read_benchmark(first / "benchmark"), output_dir / "solution.png")
+        plots.draw_solution(
+            load_prm(trained, qlora), read_benchmark(first / "benchmark").items, output_dir / "solution.png"
+        )
     print_table(results, output_dir)
     return results
 
@@ -237,10 +237,12 @@ def load_prm(folder: Path, qlora: bool) -> ProcessRewardModel:
 
 
 def zero_shot_prm(base: Path = BASE_MODEL) -> ProcessRewardModel:
-    """The base as it is, read at a marker that it has never seen."""
-    model, processor = load_model(str(base)), load_processing_class(str(base), vision=True)
-    add_marker(model, processor, StepFormat())
-    return ProcessRewardModel(model, processor)
+    """The base as it is, read at a marker that it has never seen: what a trainer holds before its first step."""
+    row = {"prompt": "add red", "completions": ["red is 7"], "labels": [1.0]}  # a trainer wants data, and reads none
+    with TemporaryDirectory() as unused:
+        args = ProcessRewardConfig(output_dir=unused, report_to="none")
+        trainer = ProcessRewardTrainer(model=str(base), args=args, train_dataset=Dataset.from_list([row]))
+    return ProcessRewardModel(trainer.model, trainer.processing_class, trainer.step_format)
 
 
 def interval(values: list[float]) -> dict:

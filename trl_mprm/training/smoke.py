@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import yaml
 
+from ..demo.corpus import write_corpus
 from ..demo.settings import DEMO
-from ..demo.world import write_corpus
 from ..models.tiny import tiny_model
 
 
