@@ -318,6 +318,24 @@ def test_processes_and_shards_write_the_same_bytes(tmp_path, monkeypatch):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
 
 
+SELECT_AND_LIST_MODULES = """
+import sys
+from trl_mprm.cli import main
+assert main(["select", *sys.argv[1:]]) == 0
+print("imported:", *sys.modules)
+"""
+
+
+def test_a_selection_of_files_imports_no_large_library(tmp_path):
+    """A thousand rows take as long as the imports: what makes a data set or opens a picture is loaded by who does so."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(raw([1.0, 0.0], image=f"{i}.png")) + "\n" for i in range(20)))
+    command = [sys.executable, "-c", SELECT_AND_LIST_MODULES, tmp_path / "a.jsonl", "--output", tmp_path / "kept"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert "trl_mprm.selection.writer" in modules
+    assert not modules & {"torch", "pandas", "datasets", "huggingface_hub", "PIL", "pyarrow.compute", "jinja2"}
+
+
 def test_shards_end_at_line_ends(tmp_path):
     file = tmp_path / "a.jsonl"
     for text in (b"", b"a", b"a\n", b"\n\n\n", b"aaa\nb\n" * 7 + b"last", b"x" * 500 + b"\ny\n"):

@@ -1,19 +1,14 @@
-"""Data sets and models on the Hub: what is an id, and its files on this disk."""
+"""
+Data sets and models on the Hub: what is an id, and its files on this disk.
+
+`datasets` and `huggingface_hub` are imported when the Hub is asked: a selection from local files does without them.
+"""
 
 import os
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import datasets
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 
 from .shards import SUFFIXES, HubRows, Paths
 
@@ -42,6 +37,9 @@ def is_hub_id(path: Paths) -> bool:
 @cache
 def hub_annotations(repo_id: str) -> Path | None:
     """The `annotations.zip` of a dataset on the Hub, None if it has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     try:
         return Path(hf_hub_download(repo_id, "annotations.zip", repo_type="dataset"))
     except RepositoryNotFoundError as error:
@@ -54,12 +52,17 @@ def hub_annotations(repo_id: str) -> Path | None:
 
 def hub_snapshot(repo_id: str, file: str) -> Path:
     """The local folder of a dataset on the Hub, with `file` in it if there is one; its name is the commit."""
+    from huggingface_hub import snapshot_download
+
     return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=file))
 
 
 def _hub_files(repo_id: str) -> HubRows:
     """What `load_dataset` would read of the split `train`, in its order, as files on this disk."""
-    files = (datasets.load_dataset_builder(repo_id).config.data_files or {}).get("train", [])
+    from datasets import load_dataset_builder
+    from huggingface_hub import snapshot_download
+
+    files = (load_dataset_builder(repo_id).config.data_files or {}).get("train", [])
     # hf://datasets/org/name@commit/path
     commits, paths = zip(*(file.split("@", 1)[1].split("/", 1) for file in files), strict=True) if files else ((), ())
     odd = next((path for path in paths if not path.endswith(SUFFIXES)), None if paths else "no such files")
@@ -74,6 +77,9 @@ def _hub_files(repo_id: str) -> HubRows:
 
 def download_model(model_id: str, **kwargs: Any) -> Path:
     """A snapshot of a model on the Hub. Raises `FileNotFoundError`, in one line, where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     try:
         return Path(snapshot_download(model_id, **kwargs))
     except HFValidationError as error:

@@ -5,11 +5,13 @@ import io
 import os
 import stat
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from .rows import Reason, Refused, image_list, is_unicode
 
-from .rows import is_unicode
+
+if TYPE_CHECKING:  # Pillow is imported when a picture is opened: annotations often come without their pictures
+    from PIL import Image
 
 
 MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decompression bomb
@@ -134,6 +136,17 @@ class ImageFinder:
         return path.startswith(os.path.join(self.root, ""))
 
 
+def find_images(record: dict, finder: ImageFinder) -> list[dict]:
+    """The images of a record as [`~datasets.Image`] stores them: a path, or bytes. Raises [`Refused`]."""
+    images = []
+    for image in image_list(record):
+        found = finder.look(image)
+        if isinstance(found, ImageRefused):
+            raise Refused(Reason(found.reason))
+        images.append({"path": found, "bytes": None} if isinstance(found, str) else {"path": None, "bytes": found})
+    return images
+
+
 def check_image(file: io.BufferedIOBase) -> None:
     """
     Raise [`ImageRefused`] unless `file` is a whole picture of at most `MAX_PIXELS` pixels.
@@ -152,6 +165,8 @@ def check_image(file: io.BufferedIOBase) -> None:
 
     ```
     """
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -170,12 +185,14 @@ def check_image(file: io.BufferedIOBase) -> None:
         raise ImageRefused("image_unreadable", f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
 
 
-def open_image(image: Image.Image | str | os.PathLike | dict[str, Any]) -> Image.Image:
+def open_image(image: "Image.Image | str | os.PathLike | dict[str, Any]") -> "Image.Image":
     """
     Take an image in RGB as it is, or open a path or what an undecoded column holds (`{"bytes", "path"}`).
 
     Raises `ValueError` where there is none, or the file is not a whole image.
     """
+    from PIL import Image
+
     source, name = image, image
     if isinstance(image, dict):
         data, name = image.get("bytes"), image.get("path") or "in memory"

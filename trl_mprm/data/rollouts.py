@@ -33,9 +33,9 @@ from tqdm.auto import tqdm
 
 from .formats import parse, to_row
 from .hub import hub_annotations, is_hub_id, local_inputs
-from .images import ImageFinder, ImageRefused
+from .images import ImageFinder, find_images
 from .kept_sources import check_kept_sources, kept_sources
-from .rows import Reason, Refused, image_list, own_text
+from .rows import Reason, Refused, own_text
 from .shards import Paths, line_batches, plan_shards
 
 
@@ -285,18 +285,7 @@ def chunks(rows: Iterable, size: int) -> Iterator[list]:
         yield chunk
 
 
-# ---- images
-
-
-def find_images(record: dict, finder: ImageFinder) -> list[dict]:
-    """The images of a record as [`~datasets.Image`] stores them: a path, or bytes. Raises [`Refused`]."""
-    images = []
-    for image in image_list(record):
-        found = finder.look(image)
-        if isinstance(found, ImageRefused):
-            raise Refused(Reason(found.reason))
-        images.append({"path": found, "bytes": None} if isinstance(found, str) else {"path": None, "bytes": found})
-    return images
+# ---- the Hub
 
 
 def _hub_rows(repo_id: str, streaming: bool) -> Iterator[dict]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..data.rows import measured as is_measured
 
@@ -137,6 +136,8 @@ def _raw_scores(steps: list[dict]) -> list[float]:
 
 
 def _scores_from_arrow(column: pa.ChunkedArray, raw: bool) -> tuple[np.ndarray, np.ndarray]:
+    import pyarrow.compute as pc  # a tenth of a second: a selection from files has no use for it
+
     steps = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     rollout, flat = pc.list_parent_indices(steps).to_numpy(), pc.list_flatten(steps)
     if raw:

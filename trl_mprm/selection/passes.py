@@ -310,7 +310,7 @@ def _is_utf8(text: bytes) -> bool:
     """The same answer as `text.decode()`, some times faster."""
     offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
     try:
-        pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(text)]).cast(pa.large_string())
+        pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(text)]).validate(full=True)
     except pa.ArrowInvalid:
         return False
     return True

@@ -24,24 +24,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
-from datasets import Dataset, DatasetInfo, Features, Value
-from datasets.table import embed_table_storage
-from huggingface_hub import HfApi
 
 from ..data.formats import READ_KEYS, parse, to_row
 from ..data.hub import is_hub_id
-from ..data.images import ImageFinder
-from ..data.rollouts import FEATURES, chunks, find_images
+from ..data.images import ImageFinder, find_images
 from ..data.rows import is_unicode, own_text
 from ..data.shards import Paths, Shard
 from ..files import atomic_output, write_json
-from .dataset_card import dataset_card
 from .passes import Emitted
+
+
+if TYPE_CHECKING:  # `datasets` takes longer to import than a small selection takes: only what makes a data set does
+    from datasets import Features
 
 
 @contextmanager
@@ -199,6 +197,11 @@ class Outputs:
                 file.rename(self.folder / file.name)
 
     def _write_dataset(self, report: dict, emitted: list[Emitted], parts: Path, refused: list[Path]) -> None:
+        from datasets import Dataset, DatasetInfo, Features
+        from datasets.table import MemoryMappedTable
+
+        from ..data.rollouts import chunks
+
         rows, table = self._rows(emitted, parts, report, resolve=True), parts / "rows.arrow"
         schema = self._features(rows()).arrow_schema
         with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -207,7 +210,7 @@ class Outputs:
         with open(table, "rb") as file:
             name = hashlib.file_digest(file, "blake2b").hexdigest()[:32]  # the same rows make the same dataset
         info = DatasetInfo(features=Features.from_arrow_schema(schema))
-        kept = Dataset(datasets.table.MemoryMappedTable.from_file(str(table)), info=info, fingerprint=name)
+        kept = Dataset(MemoryMappedTable.from_file(str(table)), info=info, fingerprint=name)
         kept.save_to_disk(parts / "dataset")
         write_json(report, parts / "dataset" / "selection.json")
         if refused:
@@ -217,6 +220,10 @@ class Outputs:
         (parts / "dataset").rename(self.output)
 
     def _write_parquet(self, target: Path, rows: Callable[[], Iterator[dict]]) -> None:
+        import pyarrow.parquet as pq
+
+        from ..data.rollouts import chunks
+
         schema = self._features(rows()).arrow_schema
         with pq.ParquetWriter(target, schema) as writer:
             for chunk in chunks(rows(), 1000):
@@ -226,6 +233,13 @@ class Outputs:
         self, repo_id: str, report: dict, emitted: list[Emitted], parts: Path, license: str | None = None
     ) -> None:
         """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
+        import pyarrow.parquet as pq
+        from datasets.table import embed_table_storage
+        from huggingface_hub import HfApi
+
+        from ..data.rollouts import chunks
+        from .dataset_card import dataset_card
+
         rows, folder = self._rows(emitted, parts, report, resolve=True), parts / "hub"
         schema = self._features(rows()).arrow_schema
         (folder / "data").mkdir(parents=True)
@@ -289,7 +303,11 @@ class Outputs:
         self.escaped += 1
         return text.encode(errors="backslashreplace").decode()
 
-    def _features(self, rows: Iterator[dict]) -> Features:
+    def _features(self, rows: Iterator[dict]) -> "Features":
+        from datasets import Features, Value
+
+        from ..data.rollouts import FEATURES
+
         self.escaped = 0
         others = dict.fromkeys(key for row in rows for key in row if key not in FEATURES)
         if self.escaped:
