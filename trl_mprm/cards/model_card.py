@@ -10,130 +10,27 @@ Out, its rendering by `templates/model_card.md`, the `README.md` of the model. `
 
 import json
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from peft import PeftConfig
 
 from ..files import atomic_output, write_json
-from ..prompting.step_format import StepFormat
-from ..training.config import ProcessRewardConfig
+from .measures import MEASURES
 
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
 
 RECORD = "model_card.json"
 
-LIBRARIES = ("trl-mprm", "trl", "transformers", "peft", "datasets", "torch")
-
-# Headlines of a benchmark: (key of `step_metrics` or `best_of_n_metrics`, name on the card).
-CONVENTIONS = (
-    ("macro_f1_step_weighted", "macro-F1, step-weighted mean over sources (the paper's micro-F1)"),
-    ("macro_f1_pooled", "macro-F1, pooled (VisualPRM's convention)"),
-    ("macro_f1_source_mean", "macro-F1, plain mean over sources"),
-    ("auc", "AUC"),
-    ("average_precision_incorrect", "average precision, incorrect steps to find"),
-    ("brier", "Brier score (lower is better)"),
-    ("calibration_error", "calibration error, 15 bins (lower is better)"),
-    ("first_error_accuracy", "first-error accuracy"),
-    ("processbench_f1_source_mean", "ProcessBench F1, mean over sources"),
-    ("accuracy_mean", "best-of-N accuracy, mean of step scores"),
-    ("accuracy_min", "best-of-N accuracy, lowest step score"),
-    ("accuracy_product", "best-of-N accuracy, product of step scores"),
-    ("accuracy_last", "best-of-N accuracy, last step score"),
-    ("pass_at_1", "accuracy of blind choice (pass@1)"),
-    ("pass_at_n", "accuracy of perfect choice (pass@N)"),
-)
-
 # What else a card says of a benchmark.
 BENCHMARK_FACTS = ("n_solutions", "n_correct", "n_incorrect", "n_questions", "threshold", "threshold_protocol")
-
-SELECTION_FACTS = ("rule", "fraction", "by", "alpha", "ties", "seed", "revision")
-
-SOURCE_FACTS = ("read", "refused", "valid", "kept", "cut_score")
-
-
-def is_hub_id(name: str) -> bool:
-    return "/" in name and not Path(name).is_absolute() and not Path(name).exists()
-
-
-def public_name(model_id: str) -> str:
-    """A Hub id as it is; of a local folder only its name."""
-    return model_id if is_hub_id(model_id) else Path(model_id).name
-
-
-def card_record(
-    *,
-    name: str,
-    repo: str | None,
-    base_model: str,
-    dataset_name: str | None,
-    dataset_revision: str | None,
-    license: str | None,
-    tags: list[str],
-    images: bool,
-    step_format: StepFormat,
-    dataset: dict[str, Any],
-    selection: dict[str, Any] | None,
-    peft_config: PeftConfig | None,
-    quantized: bool,
-    args: ProcessRewardConfig,
-    steps: int,
-    trainable_parameters: int,
-    evaluation: dict[str, float] | None,
-) -> dict[str, Any]:
-    """What a card says, as plain data; every figure comes from the run."""
-    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    return {
-        "name": name,
-        "repo": repo,
-        "base_model": public_name(base_model),
-        "base_model_on_hub": is_hub_id(base_model),
-        "dataset": dataset | {
-            "name": public_name(dataset_name) if dataset_name else None,
-            "on_hub": bool(dataset_name and is_hub_id(dataset_name)),
-            "revision": dataset_revision,
-        },
-        "license": license,
-        "tags": tags,
-        "images": images,
-        "step_format": {"marker": step_format.marker, "reward_tokens": step_format.reward_tokens,
-                        "head": step_format.head},
-        "selection": selection and {key: selection.get(key) for key in SELECTION_FACTS} | {
-            "sources": {source: {key: facts.get(key) for key in SOURCE_FACTS}
-                        for source, facts in selection["sources"].items()},
-        },
-        "training": {
-            "trainable_parameters": trainable_parameters,
-            "lora": {"r": peft_config.r, "alpha": peft_config.lora_alpha} if peft_config else None,
-            "quantized": quantized,
-            "loss_type": args.loss_type,
-            "hard_threshold": args.hard_threshold,
-            "optimizer_steps": steps,
-            "global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": scheduler,
-            "warmup_steps": args.warmup_steps,
-            "weight_decay": args.weight_decay,
-            "num_train_epochs": args.num_train_epochs,
-            "seed": args.seed,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-            "versions": {name: version(name) for name in LIBRARIES},
-        },
-        "evaluation": {key: evaluation[key] for key in ("eval_loss", "eval_macro_f1_pooled", "eval_auc")
-                       if key in evaluation} if evaluation else None,
-        "benchmarks": {},
-    }  # fmt: skip
 
 
 def benchmark_facts(metrics: dict[str, Any], dataset_id: str | None = None) -> dict[str, Any]:
     """What a card says of `metrics` ([`~metrics.step_metrics`] or [`~metrics.best_of_n_metrics`])."""
-    headlines = [key for key, _ in CONVENTIONS if metrics.get(key) is not None]
+    headlines = _headlines(metrics)
     facts = {key: metrics[key] for key in (*BENCHMARK_FACTS, *headlines) if metrics.get(key) is not None}
     intervals = {key: metrics["intervals"][key] for key in headlines if key in metrics.get("intervals", {})}
     return {"dataset_id": dataset_id, **facts, "intervals": intervals}
@@ -152,7 +49,7 @@ def render_card(record: dict[str, Any]) -> ModelCard:
         model_name=record["name"] if results else None,
         eval_results=results or None,
     )
-    return ModelCard.from_template(data, template_path=TEMPLATE, conventions=CONVENTIONS, **record)
+    return ModelCard.from_template(data, template_path=TEMPLATE, measures=MEASURES, **record)
 
 
 def write_card(folder: str | os.PathLike, record: dict[str, Any]) -> Path:
@@ -190,15 +87,14 @@ def eval_results(dataset_id: str | None, metrics: dict[str, Any], name: str) -> 
     return [
         EvalResult(
             task_type="process-reward-modeling",
-            task_name="Best of N" if "pass_at_n" in metrics else "Step correctness",
+            task_name=MEASURES[key].task,
             dataset_type=dataset_id or name,  # entries of one type are taken for one dataset
             dataset_name=name,
             metric_type=key,
-            metric_name=f"{headline}{_protocol(metrics)}",
+            metric_name=f"{MEASURES[key].label}{_protocol(metrics)}",
             metric_value=round(metrics[key], 4),
         )
-        for key, headline in CONVENTIONS
-        if metrics.get(key) is not None
+        for key in _headlines(metrics)
     ]
 
 
@@ -224,10 +120,9 @@ def eval_results_yaml(dataset_id: str, metrics: dict[str, Any]) -> str:
             dataset_id=dataset_id,
             task_id=key,
             value=round(metrics[key], 4),
-            notes=f"{headline}{_protocol(metrics)}",
+            notes=f"{MEASURES[key].label}{_protocol(metrics)}",
         )
-        for key, headline in CONVENTIONS
-        if metrics.get(key) is not None
+        for key in _headlines(metrics)
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True, width=1000)
 
@@ -266,3 +161,7 @@ def add_eval_results(
 
 def _protocol(metrics: dict[str, Any]) -> str:
     return f"; threshold: {metrics['threshold_protocol']}" if "threshold_protocol" in metrics else ""
+
+
+def _headlines(metrics: dict[str, Any]) -> list[str]:
+    return [key for key, measure in MEASURES.items() if measure.on_card and metrics.get(key) is not None]

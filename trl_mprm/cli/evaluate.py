@@ -42,7 +42,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from accelerate import PartialState
 
-    from ..cards.model_card import add_eval_results, public_name
+    from ..cards.model_card import add_eval_results
+    from ..data.hub import public_name
     from ..evaluation.benchmarks import BENCHMARKS, load_benchmark
     from ..evaluation.run import evaluate_model
     from ..evaluation.tables import measure_rows, table_rows, write_report

@@ -34,6 +34,11 @@ def is_hub_id(path: Paths) -> bool:
     )
 
 
+def public_name(path: str) -> str:
+    """A Hub id as it is; of a local folder its name alone."""
+    return path if is_hub_id(path) else Path(path).name
+
+
 @cache
 def hub_annotations(repo_id: str) -> Path | None:
     """The `annotations.zip` of a dataset on the Hub, None if it has no such file."""

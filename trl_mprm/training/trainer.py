@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
@@ -30,7 +28,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, PushInProgress
 
-from ..cards.model_card import benchmark_facts, card_record, public_name, write_card
+from ..cards.model_card import benchmark_facts, write_card
+from ..data.hub import public_name
 from ..data.rows import IGNORE_INDEX
 from ..evaluation.metrics import step_metrics
 from ..files import write_json
@@ -49,8 +48,8 @@ from ..models.loading import (
 from ..models.reader import good_minus_bad, marker_logits
 from ..models.shared_prefix import can_share_prefix, run_prefix
 from ..prompting.tokens import ProcessingClass, special_tokens, tokenizer_of
+from .card import describe_dataset, run_record
 from .checks import (
-    arrow_columns,
     check_dataset,
     check_images,
     check_lengths,
@@ -520,29 +519,7 @@ class ProcessRewardTrainer(Trainer):
             self._write_card(self.args.output_dir)
 
     def _write_card(self, folder: str) -> None:
-        names = self.card_names
-        peft_config = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
-        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        record = card_record(
-            name=names.get("model_name") or Path(self.args.hub_model_id or self.args.output_dir).name,
-            repo=self.args.hub_model_id,
-            base_model=self.model.get_base_model().name_or_path if peft_config else self.model.name_or_path,
-            dataset_name=names.get("dataset_name"),
-            dataset_revision=names.get("dataset_revision"),
-            license=names.get("license"),
-            tags=sorted({*self._tag_names, *names.get("tags", [])}),
-            images=is_vision_language(self.model.config),
-            step_format=self.step_format,
-            dataset=describe_dataset(self.train_dataset),
-            selection=self.selection,
-            peft_config=peft_config,
-            quantized=bool(getattr(self.model, "is_loaded_in_4bit", False)),
-            args=self.args,
-            steps=self.state.global_step,
-            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            evaluation=evaluations[-1] if evaluations else None,
-        )
-        write_card(folder, record | {"benchmarks": self.benchmarks})
+        write_card(folder, run_record(self, describe_dataset(self.train_dataset), self.card_names))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository. Where the Hub cannot be reached, training goes on and pushes nothing."""
@@ -608,21 +585,3 @@ def describe_model(model: PreTrainedModel | PeftModel, optim: str) -> str:
         f"memory: {total / 1e9:.2f} GB (weights {weights / 1e9:.2f}, gradients {gradients / 1e9:.2f}, "
         f"optimizer states {states / 1e9:.2f}), activations not counted"
     )
-
-
-def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    """Count rows, steps and sources of the training rows for the card; a stream has no counts."""
-    if isinstance(dataset, IterableDataset):
-        return {}
-    labels = pc.list_flatten(arrow_columns(dataset, "labels")["labels"].combine_chunks()).cast(pa.float64())
-    measured = labels.filter(pc.not_equal(labels, IGNORE_INDEX))
-    facts = {
-        "rows": len(dataset),
-        "steps": len(measured),
-        "mean_label": pc.mean(measured).as_py(),
-        "error_step_share": 1 - pc.mean(pc.greater(measured, 0).cast(pa.float64())).as_py(),
-    }
-    if "source" in dataset.column_names:
-        counts = pc.value_counts(arrow_columns(dataset, "source")["source"]).to_pylist()
-        facts["sources"] = dict(sorted((count["values"], count["counts"]) for count in counts))
-    return facts

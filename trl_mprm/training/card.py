@@ -1,0 +1,118 @@
+"""
+The record of a training, from which [`~trl_mprm.cards.model_card`] writes the card: plain data, no path, no token.
+
+    {"name": "prm", "repo": None, "base_model": "Qwen/Qwen2.5-VL-7B-Instruct", "base_model_on_hub": True,
+     "dataset": {"rows": 12000, "steps": 61000, "name": "org/rollouts", "on_hub": True, ...},
+     "selection": {"rule": "bis", "fraction": 0.1, ...}, "training": {"loss_type": "hard", ...}, ...}
+"""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import Trainer
+
+from ..data.hub import is_hub_id, public_name
+from ..data.rows import IGNORE_INDEX
+from ..models.anatomy import is_vision_language
+from .checks import arrow_columns
+
+
+LIBRARIES = ("trl-mprm", "trl", "transformers", "peft", "datasets", "torch")
+
+SELECTION_FACTS = ("rule", "fraction", "by", "alpha", "ties", "seed", "revision")
+
+SOURCE_FACTS = ("read", "refused", "valid", "kept", "cut_score")
+
+EVALUATION_FACTS = ("eval_loss", "eval_macro_f1_pooled", "eval_auc")
+
+
+def run_record(trainer: Trainer, dataset: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
+    """
+    Say what a card says of a run, as plain data; every figure comes from the run.
+
+    Args:
+        trainer ([`ProcessRewardTrainer`]):
+            The run.
+        dataset (`dict`):
+            What [`describe_dataset`] counted.
+        names (`dict`):
+            What the run cannot know: `model_name`, `dataset_name`, `dataset_revision`, `license`, `tags`, where given.
+    """
+    model, args, selection = trainer.model, trainer.args, trainer.selection
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    step_format, dataset_name = trainer.step_format, names.get("dataset_name")
+    return {
+        "name": names.get("model_name") or Path(args.hub_model_id or args.output_dir).name,
+        "repo": args.hub_model_id,
+        "base_model": public_name(base.name_or_path),
+        "base_model_on_hub": is_hub_id(base.name_or_path),
+        "dataset": dataset | {
+            "name": public_name(dataset_name) if dataset_name else None,
+            "on_hub": bool(dataset_name and is_hub_id(dataset_name)),
+            "revision": names.get("dataset_revision"),
+        },
+        "license": names.get("license"),
+        "tags": sorted({*trainer._tag_names, *names.get("tags", [])}),
+        "images": is_vision_language(model.config),
+        "step_format": {"marker": step_format.marker, "reward_tokens": step_format.reward_tokens,
+                        "head": step_format.head},
+        "selection": selection and {key: selection.get(key) for key in SELECTION_FACTS} | {
+            "sources": {source: {key: facts.get(key) for key in SOURCE_FACTS}
+                        for source, facts in selection["sources"].items()},
+        },
+        "training": _training(trainer),
+        "evaluation": _last_evaluation(trainer),
+        "benchmarks": trainer.benchmarks,
+    }  # fmt: skip
+
+
+def _training(trainer: Trainer) -> dict[str, Any]:
+    model, args = trainer.model, trainer.args
+    peft_config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "lora": {"r": peft_config.r, "alpha": peft_config.lora_alpha} if peft_config else None,
+        "quantized": bool(getattr(model, "is_loaded_in_4bit", False)),  # a model that is not has no such attribute
+        "loss_type": args.loss_type,
+        "hard_threshold": args.hard_threshold,
+        "optimizer_steps": trainer.state.global_step,
+        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "num_train_epochs": args.num_train_epochs,
+        "seed": args.seed,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _last_evaluation(trainer: Trainer) -> dict[str, float] | None:
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {key: evaluations[-1][key] for key in EVALUATION_FACTS if key in evaluations[-1]} if evaluations else None
+
+
+def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """Count rows, steps and sources of the training rows for the card; a stream has no counts."""
+    if isinstance(dataset, IterableDataset):
+        return {}
+    labels = pc.list_flatten(arrow_columns(dataset, "labels")["labels"].combine_chunks()).cast(pa.float64())
+    measured = labels.filter(pc.not_equal(labels, IGNORE_INDEX))
+    facts = {
+        "rows": len(dataset),
+        "steps": len(measured),
+        "mean_label": pc.mean(measured).as_py(),
+        "error_step_share": 1 - pc.mean(pc.greater(measured, 0).cast(pa.float64())).as_py(),
+    }
+    if "source" in dataset.column_names:
+        counts = pc.value_counts(arrow_columns(dataset, "source")["source"]).to_pylist()
+        facts["sources"] = dict(sorted((count["values"], count["counts"]) for count in counts))
+    return facts
