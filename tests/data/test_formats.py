@@ -158,7 +158,7 @@ def test_steps_that_nobody_judged_have_no_label(record, labels):
 def test_what_does_not_fit_is_refused_by_name(record, reason):
     with pytest.raises(Refused) as refused:
         to_row(record)
-    assert refused.value.args[0] is Reason(reason)
+    assert refused.value.reason is Reason(reason)
 
 
 def test_the_answer_step_is_left_out_on_request(tmp_path):

@@ -18,7 +18,7 @@ The format is told by the keys of the record alone; a record that no function kn
 import json
 import re
 
-from .rows import Reason, Refused, is_unicode, measured
+from .rows import Reason, Refused, check_steps, check_unicode, measured
 
 
 # Keys of a record that its row is made of. What else a record has is carried along, and not looked at.
@@ -58,7 +58,7 @@ def to_row(record: dict | None, drop_answer_step: bool = False) -> dict:
         raise Refused(Reason.NOTHING_MEASURED)
     for name in ("source", "rollout_id"):
         if isinstance(record.get(name), str):
-            _unicode(record[name])
+            check_unicode(name, record[name])
     return row
 
 
@@ -74,7 +74,8 @@ def _raw_row(record: dict) -> dict:
         raise Refused(Reason.EMPTY_STEPS)
     if not all(isinstance(step, dict) for step in steps):
         raise Refused(Reason.STEP_WITHOUT_TEXT)
-    completions = _step_texts([step.get("step") for step in steps])
+    completions = [step.get("step") for step in steps]
+    check_steps(completions)
     scores = [_score(step.get("score")) if measured(step.get("num_mc_total")) else None for step in steps]
     known = {count(step.get("num_mc_total")) for step in steps} - {0, None}
     known = known or {count(record.get("num_mc_sequences")) or None}
@@ -91,29 +92,27 @@ def _raw_row(record: dict) -> dict:
 
 def _stepwise_row(record: dict) -> dict:
     prompt = prompt_text(record)
-    steps = record.get("completions")
-    if not isinstance(steps, list) or not steps:
-        raise Refused(Reason.EMPTY_STEPS)
-    completions = _step_texts(steps)
+    completions = record.get("completions")
+    check_steps(completions)
     labels, scores, counts = record.get("labels"), record.get("mc_scores"), record.get("mc_counts")
     labels = scores if labels is None else labels
     if labels is None:
         raise Refused(Reason.STEP_WITHOUT_SCORE)
     for values in (labels, scores, counts):
-        if values is not None and (not isinstance(values, list) or len(values) != len(steps)):
+        if values is not None and (not isinstance(values, list) or len(values) != len(completions)):
             raise Refused(Reason.LABELS_NOT_ONE_A_STEP)
     if labels is not scores:
         labels = [float(label) if isinstance(label, bool) else label for label in labels]
         labels = [None if label == -100 else _score(label) for label in labels]
     scores = labels if scores is None else [None if score is None else _score(score) for score in scores]
     if not measured(record.get("mc_total")):
-        labels = scores = [None] * len(steps)
+        labels = scores = [None] * len(completions)
     return {
         "prompt": prompt,
         "completions": completions,
         "labels": [-100.0 if label is None else float(label) for label in labels],
         "mc_scores": scores,
-        "mc_counts": [count(value) for value in counts or [None] * len(steps)],
+        "mc_counts": [count(value) for value in counts or [None] * len(completions)],
         "mc_total": count(record.get("mc_total")),
     }
 
@@ -290,22 +289,10 @@ def prompt_text(record: dict) -> str:
         text = text[0].get("content")
     if not isinstance(text, str) or not (text := IMAGE_PLACE.sub("", text).strip()):
         raise Refused(Reason.PROMPT_MISSING)
-    return _unicode(text)
+    return check_unicode("the question", text)
 
 
 IMAGE_PLACE = re.compile(r"<image>\n?")
-
-
-def _step_texts(steps: list) -> list[str]:
-    if not all(isinstance(step, str) and step.strip() for step in steps):
-        raise Refused(Reason.STEP_WITHOUT_TEXT)
-    return [_unicode(step) for step in steps]
-
-
-def _unicode(text: str) -> str:
-    if not is_unicode(text):
-        raise Refused(Reason.TEXT_NOT_UNICODE)
-    return text
 
 
 def _score(value: object) -> float:

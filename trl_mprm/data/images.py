@@ -19,14 +19,6 @@ MAX_PIXELS = 89_478_485  # Pillow's own line between a large picture and a decom
 REMEMBERED = 20_000  # images that a finder has looked at, so that it need not look again
 
 
-class ImageRefused(Exception):
-    """Why a picture cannot be used: `reason` is one of `image_not_a_path`, `_missing`, `_outside_root`, `_unreadable`."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-
 class ImageFinder:
     """
     Finds and checks the images below one root.
@@ -41,17 +33,17 @@ class ImageFinder:
     def __init__(self, root: str | os.PathLike | None, check: bool = True):
         self.root = None if root is None else os.path.realpath(root)
         self.check = check
-        self.found: dict[str, str | ImageRefused] = {}
+        self.found: dict[str, str | Refused] = {}
         self.folders: dict[str, list[tuple[str, bool, bool]]] = {}
 
     def find(self, image: object) -> str | bytes:
-        """Like [`~ImageFinder.look`], but raises the [`ImageRefused`]."""
+        """Like [`~ImageFinder.look`], but raises the [`Refused`]."""
         found = self.look(image)
-        if isinstance(found, ImageRefused):
-            raise ImageRefused(found.reason, str(found))  # a new one: it is shared by all images of its folder
+        if isinstance(found, Refused):
+            raise Refused(found.reason, str(found))  # a new one: it is shared by all images of its folder
         return found
 
-    def look(self, image: object) -> str | bytes | ImageRefused:
+    def look(self, image: object) -> str | bytes | Refused:
         """
         The path of an image, or its bytes if they came along (`{"bytes": ..., "path": ...}`, in JSON as base64), or what
         is wrong.
@@ -64,34 +56,34 @@ class ImageFinder:
                 if isinstance(data, bytes):
                     check_image(io.BytesIO(data))
                     return data
-            except ImageRefused as refused:
+            except Refused as refused:
                 return refused
             except ValueError as error:  # of base64
-                return ImageRefused("image_unreadable", f"bytes of an image are no base64 ({error})")
+                return Refused(Reason.IMAGE_UNREADABLE, f"bytes of an image are no base64 ({error})")
             image = image.get("path")
         if not isinstance(image, str) or not image or not is_unicode(image):
-            return ImageRefused("image_not_a_path", f"image is {image!r:.80}, expected a path")
+            return Refused(Reason.IMAGE_NOT_A_PATH, f"image is {image!r:.80}, expected a path")
         if not self.check:
             return image
         if (found := self.found.get(image)) is not None:
             return found
         found = self._look(image)
         # A missing image costs one look at its folder; a present one is read, so it is remembered, up to a limit.
-        if isinstance(found, str) or found.reason != "image_missing":
+        if isinstance(found, str) or found.reason != Reason.IMAGE_MISSING:
             if len(self.found) >= REMEMBERED:
                 self.found.clear()
             self.found[image] = found
         return found
 
-    def _look(self, name: str) -> str | ImageRefused:
+    def _look(self, name: str) -> str | Refused:
         if self.root is None:
-            return ImageRefused("image_missing", f"{name!r:.80}: no image root was given")
+            return Refused(Reason.IMAGE_MISSING, f"{name!r:.80}: no image root was given")
         folder, slash, base = name.rpartition("/")
         if base in ("", ".", ".."):
             folder, slash, base = name, "/", "."
         if (folders := self.folders.get(folder + slash)) is None:
             folders = self.folders[folder + slash] = self._candidates(folder + slash)
-        if isinstance(folders, ImageRefused):
+        if isinstance(folders, Refused):
             return folders
         refused = None
         for path, inside, exists in folders:
@@ -102,21 +94,21 @@ class ImageFinder:
                 else:
                     real = path + base
                 if not inside:
-                    refused = ImageRefused("image_outside_root", f"{name!r:.80} leads out of {self.root}")
+                    refused = Refused(Reason.IMAGE_OUTSIDE_ROOT, f"{name!r:.80} leads out of {self.root}")
                 elif exists and os.path.isfile(real):
                     with open(real, "rb") as file:
                         check_image(file)
                     return real
-            except ImageRefused as error:
-                return ImageRefused(error.reason, f"{name!r:.80}: {error}")
+            except Refused as error:
+                return Refused(error.reason, f"{name!r:.80}: {error}")
             except PermissionError as error:
-                return ImageRefused("image_unreadable", str(error))
+                return Refused(Reason.IMAGE_UNREADABLE, str(error))
             except (OSError, ValueError):  # not there, or a name that no file can have
                 if not inside:
-                    refused = ImageRefused("image_outside_root", f"{name!r:.80} leads out of {self.root}")
-        return refused or ImageRefused("image_missing", f"{name!r:.80} is not in {self.root}")
+                    refused = Refused(Reason.IMAGE_OUTSIDE_ROOT, f"{name!r:.80} leads out of {self.root}")
+        return refused or Refused(Reason.IMAGE_MISSING, f"{name!r:.80} is not in {self.root}")
 
-    def _candidates(self, folder: str) -> list[tuple[str, bool, bool]] | ImageRefused:
+    def _candidates(self, folder: str) -> list[tuple[str, bool, bool]] | Refused:
         """Where the files of a folder may lie: real path with a slash, whether it is inside the root, and exists."""
         # The annotations say VisualPRM400K-v1.1-Raw/<x>, and images.zip unpacks to images/<x>. Short paths of NLVR2
         # (images/train-*.png) lie in images/nlvr2/.
@@ -130,7 +122,7 @@ class ImageFinder:
                 continue
         if any(exists or not inside for _, inside, exists in found):
             return found
-        return ImageRefused("image_missing", f"{folder!r:.80} is not in {self.root}")
+        return Refused(Reason.IMAGE_MISSING, f"{folder!r:.80} is not in {self.root}")
 
     def _inside(self, path: str) -> bool:
         return path.startswith(os.path.join(self.root, ""))
@@ -141,25 +133,26 @@ def find_images(record: dict, finder: ImageFinder) -> list[dict]:
     images = []
     for image in image_list(record):
         found = finder.look(image)
-        if isinstance(found, ImageRefused):
-            raise Refused(Reason(found.reason))
+        if isinstance(found, Refused):
+            raise Refused(found.reason, found.detail)  # a new one: the finder hands it out again
         images.append({"path": found, "bytes": None} if isinstance(found, str) else {"path": None, "bytes": found})
     return images
 
 
 def check_image(file: io.BufferedIOBase) -> None:
     """
-    Raise [`ImageRefused`] unless `file` is a whole picture of at most `MAX_PIXELS` pixels.
+    Raise [`Refused`] unless `file` is a whole picture of at most `MAX_PIXELS` pixels.
 
     Header and end mark are checked; only a format without end mark, or a file that lacks it, is decoded.
 
     Examples:
     ```python
     >>> import io
-    >>> from trl_mprm.data.images import ImageRefused, check_image
+    >>> from trl_mprm.data.images import check_image
+    >>> from trl_mprm.data.rows import Refused
     >>> try:
     ...     check_image(io.BytesIO(b"no picture"))
-    ... except ImageRefused as refused:
+    ... except Refused as refused:
     ...     print(refused.reason)
     image_unreadable
 
@@ -180,9 +173,9 @@ def check_image(file: io.BufferedIOBase) -> None:
     except (
         Exception
     ) as error:  # a broken file can raise anything in a decoder: OSError, SyntaxError, struct.error, ...
-        raise ImageRefused("image_unreadable", f"not a whole picture ({error})") from error
+        raise Refused(Reason.IMAGE_UNREADABLE, f"not a whole picture ({error})") from error
     if too_large:
-        raise ImageRefused("image_unreadable", f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        raise Refused(Reason.IMAGE_UNREADABLE, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
 
 
 def open_image(image: "Image.Image | str | os.PathLike | dict[str, Any]") -> "Image.Image":

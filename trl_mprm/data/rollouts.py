@@ -214,7 +214,7 @@ def read_rollouts(
             row["source"] = own_text(record, "source") or source
             row["rollout_id"] = own_text(record, "rollout_id") or f"{source}:{number}"
         except Refused as refused:
-            yield Refusal(file, number + 1, own_text(record, "source") or source, refused.args[0])
+            yield Refusal(file, number + 1, own_text(record, "source") or source, refused.reason)
         else:
             yield Rollout(file, number + 1, source, row)
 

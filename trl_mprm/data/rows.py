@@ -1,6 +1,30 @@
-"""The row: its fields, why one is refused, and what all readers of a row agree on."""
+"""
+The row, and what all readers of a row agree on: what a step is, which rows ask the same question, why one is refused.
 
+A row of VisualPRM400K-v1.1-Raw, read by [`~trl_mprm.load_rollouts`]:
+
+    {
+        "images": [{"path": "/data/images/Geometry3K/1471.png", "bytes": None}],  # a path or bytes each; may be empty
+        "prompt": "Find x.",                     # the question: text, or a list of chat messages
+        "completions": ["x = 5.", "So 52."],     # the steps
+        "labels": [0.125, -100.0],               # one per step in [0, 1]; -100 (IGNORE_INDEX): nobody measured it
+        "mc_scores": [0.125, None],              # share of its continuations that were right
+        "mc_counts": [2, None],                  # how many were right
+        "mc_total": 16,                          # of how many; None where unknown or not the same for all steps
+        "source": "Geometry3K",                  # what is selected from on its own: the file, unless the row says it
+        "rollout_id": "Geometry3K:0",            # file and line from 0, unless the row says it
+    }
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sized
 from enum import StrEnum
+from typing import Any
+
+
+IGNORE_INDEX = -100
 
 
 class Reason(StrEnum):
@@ -23,8 +47,26 @@ class Reason(StrEnum):
     IMAGE_UNREADABLE = "image_unreadable"  # no picture, cut short, or more than MAX_PIXELS pixels
 
 
-class Refused(Exception):
-    """Carries its reason from the check that fails to the loop over rows."""
+class Refused(ValueError):
+    """
+    Why a row, a record of a benchmark, or a picture cannot be used.
+
+    Args:
+        reason (`str`):
+            One word that refusals are counted by: a [`Reason`], or one of a benchmark's own.
+        detail (`str`, *optional*):
+            What was expected and what came, in words.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail or str(self.reason)
+
+
+# ---- a step
 
 
 def is_unicode(text: str) -> bool:
@@ -36,12 +78,114 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def check_unicode(name: str, text: str) -> str:
+    """The text itself. Raises [`Refused`], which calls it `name`, where it is not Unicode."""
+    if not is_unicode(text):
+        half = next(letter for letter in text if not is_unicode(letter))
+        raise Refused(
+            Reason.TEXT_NOT_UNICODE,
+            f"{name} holds a lone surrogate ({half!r}), which no tokenizer reads: give it in UTF-8",
+        )
+    return text
+
+
+def is_text(value: object) -> bool:
+    """Whether a value says something: a string with more than white space in it."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def check_steps(steps: Any, name: str = "`completions`") -> None:
+    """
+    Raise [`Refused`], which calls the list `name`, unless `steps` is a list of at least one step, each of them non-blank
+    Unicode text.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.data.rows import Refused, check_steps
+    >>> try:
+    ...     check_steps(["x = 5.", " "])
+    ... except Refused as refused:
+    ...     print(refused.reason, "-", refused)
+    step_without_text - step 1 is ' ', expected text: remove the empty step and its label
+
+    ```
+    """
+    if not isinstance(steps, Sized) or isinstance(steps, str | bytes | dict):
+        raise Refused(Reason.EMPTY_STEPS, f"{name} is {steps!r:.60}, expected a list of steps: split the text first")
+    if not len(steps):
+        raise Refused(Reason.EMPTY_STEPS, f"{name} is empty, expected at least one step: remove the row")
+    for number, step in enumerate(steps):
+        if not is_text(step):
+            raise Refused(
+                Reason.STEP_WITHOUT_TEXT,
+                f"step {number} is {step!r:.80}, expected text: remove the empty step and its label",
+            )
+    for number, step in enumerate(steps):
+        check_unicode(f"step {number}", step)
+
+
 def measured(total: object) -> bool:
     """
     Whether a step was tried at all, by the number of its continuations (`num_mc_total`). Of 0 (also as text, or false)
     it was not: the annotation stopped before this step, and wrote a score of 0.0 that nobody measured.
     """
     return (total.strip() if isinstance(total, str) else total) not in (0, "0", "0.0")
+
+
+# ---- a row
+
+
+def check_row(row: dict[str, Any], name: str) -> None:
+    """
+    Raise [`Refused`], which names the row, unless it has a question, steps, and one label per step, in [0, 1] or -100
+    and not all of them -100.
+    """
+    missing = [column for column in ("prompt", "completions", "labels") if column not in row]
+    if missing:
+        raise Refused(
+            Reason.UNKNOWN_FORMAT,
+            f"{name} has no {', '.join(missing)}; it has {', '.join(row)}: rename its columns",
+        )
+    if "image" in row and "images" not in row:
+        raise Refused(Reason.UNKNOWN_FORMAT, f"{name} has an `image`, expected `images`, a list: write images=[image]")
+    if not isinstance(row["prompt"], str | list):
+        raise Refused(
+            Reason.PROMPT_MISSING,
+            f"{name}: `prompt` is {row['prompt']!r:.60}, expected the question, or a list of chat messages",
+        )
+    try:
+        check_steps(row["completions"])
+        _check_labels(row["labels"], len(row["completions"]))
+    except Refused as refused:
+        raise Refused(refused.reason, f"{name}: {refused}") from refused
+
+
+def _check_labels(labels: Any, n_steps: int) -> None:
+    if not isinstance(labels, Sized) or isinstance(labels, str | bytes | dict):
+        raise Refused(
+            Reason.LABELS_NOT_ONE_A_STEP, f"`labels` is {labels!r:.60}, expected a list of numbers, one a step"
+        )
+    if len(labels) != n_steps:
+        raise Refused(
+            Reason.LABELS_NOT_ONE_A_STEP, f"{len(labels)} labels for {n_steps} steps, expected one label a step"
+        )
+    for number, label in enumerate(labels):
+        if not _is_label(label):
+            raise Refused(
+                Reason.SCORE_NOT_A_NUMBER,
+                f"label of step {number} is {label!r}, expected a number in [0, 1], or -100 to ignore the step",
+            )
+    if all(label == IGNORE_INDEX for label in labels):
+        raise Refused(
+            Reason.NOTHING_MEASURED, "every label is -100, expected at least one labelled step: remove the row"
+        )
+
+
+def _is_label(label: Any) -> bool:
+    try:
+        return bool(0 <= label <= 1 or label == IGNORE_INDEX)  # neither holds for NaN
+    except TypeError:  # text, None, a list
+        return False
 
 
 def own_text(record: dict | None, name: str) -> str | None:
@@ -56,4 +200,37 @@ def image_list(record: dict) -> list:
     return images if isinstance(images, list) else [images]
 
 
-IGNORE_INDEX = -100
+# ---- a question
+
+
+def question_key(prompt: object, images: Iterable = ()) -> tuple[str, ...]:
+    """
+    What rows that ask the same question have in common: the prompt, and for each picture what tells it from others.
+
+    Args:
+        prompt (`str` or `list`):
+            Text, or chat messages.
+        images (`Iterable`):
+            See [`picture_key`]. To count copies of a file as one picture, pass their bytes.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.data.rows import question_key
+    >>> question_key("Find x.", ["/data/1471.png", {"path": "1472.png", "bytes": None}])
+    ('Find x.', '/data/1471.png', '1472.png')
+
+    ```
+    """
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=picture_key)
+    return text, *map(picture_key, images)
+
+
+def picture_key(image: Any) -> str:
+    """The path of a picture; of one that came as bytes, or decoded by Pillow, a hash of its bytes or its pixels."""
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, str | os.PathLike | None):
+        return str(image)
+    if not isinstance(image, bytes):
+        image = str(image.size).encode() + image.convert("RGBA").tobytes()
+    return hashlib.sha256(image).hexdigest()

@@ -46,7 +46,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..data.images import ImageFinder, ImageRefused
+from ..data.images import ImageFinder
+from ..data.rows import Refused, check_steps, check_unicode
 from ..data.splitting import split_steps
 
 
@@ -126,10 +127,6 @@ class BenchmarkFormat:
     items: Callable[[dict, str, int, ImageFinder, Counter], list[dict]]
 
 
-class _Refused(Exception):
-    """A record that cannot be used: reason, detail."""
-
-
 def read_benchmark(
     path: str | os.PathLike, image_root: str | os.PathLike | None = None, name: str = "visualprocessbench"
 ) -> Benchmark:
@@ -166,10 +163,9 @@ def read_benchmark(
                 read = layout.items(_object(record), file.stem, number - 1, finder, quirks)
                 repeated = [item["id"] for item in read if item["id"] in seen]
                 if repeated:
-                    raise _Refused("duplicate_id", f"{repeated[0]!r} came before")
-            except _Refused as refusal:
-                reason, detail = refusal.args
-                refused.append({"file": file.name, "line": number, "reason": reason, "detail": detail})
+                    raise Refused("duplicate_id", f"{repeated[0]!r} came before")
+            except Refused as refusal:
+                refused.append({"file": file.name, "line": number, "reason": refusal.reason, "detail": refusal.detail})
             else:
                 items += read
                 seen.update(item["id"] for item in read)
@@ -286,9 +282,9 @@ def _object(record: Any) -> dict[str, Any]:
         try:
             record = json.loads(record)
         except (ValueError, RecursionError) as error:
-            raise _Refused("not_json", str(error)) from error
+            raise Refused("not_json", str(error)) from error
     if not isinstance(record, dict):
-        raise _Refused("not_json", f"expected an object, got {type(record).__name__}")
+        raise Refused("not_json", f"expected an object, got {type(record).__name__}")
     return record
 
 
@@ -301,10 +297,10 @@ def _visualprocessbench(record: dict, stem: str, index: int, finder: ImageFinder
     question, source = _field(record, "question", str), _field(record, "data_source", str)
     images = _field(record, "image", str | list)
     if len(steps) != len(labels):
-        raise _Refused("labels_not_one_a_step", f"{len(steps)} steps, {len(labels)} labels")
+        raise Refused("labels_not_one_a_step", f"{len(steps)} steps, {len(labels)} labels")
     for number, label in enumerate(labels):
         if isinstance(label, bool) or label not in (1, 0, -1):
-            raise _Refused("bad_label", f"label {number} is {label!r:.80}, expected 1, 0 or -1")
+            raise Refused("bad_label", f"label {number} is {label!r:.80}, expected 1, 0 or -1")
     paths = _images([images] if isinstance(images, str) else images, finder)
     tags = IMAGE_TAG.findall(question)
     quirks["items_naming_more_images_than_supplied"] += _images_named(tags) > len(paths)
@@ -327,7 +323,7 @@ def _processbench(record: dict, stem: str, index: int, finder: ImageFinder, quir
     question, steps = _field(record, "problem", str), _steps(_field(record, "steps", list))
     first_error = _field(record, "label", int)
     if isinstance(first_error, bool) or not -1 <= first_error < len(steps):
-        raise _Refused("bad_label", f"label is {first_error!r}, expected -1 or the index of one of {len(steps)} steps")
+        raise Refused("bad_label", f"label is {first_error!r}, expected -1 or the index of one of {len(steps)} steps")
     wrong = [] if first_error == -1 else [-1] + [0] * (len(steps) - first_error - 1)
     return [
         {
@@ -348,7 +344,7 @@ def _prmbench(record: dict, stem: str, index: int, finder: ImageFinder, quirks: 
     errors, source = _field(record, "error_steps", list), _field(record, "classification", str)
     for error in errors:
         if isinstance(error, bool) or not isinstance(error, int):
-            raise _Refused("bad_label", f"error_steps holds {error!r:.80}, expected the number of a step")
+            raise Refused("bad_label", f"error_steps holds {error!r:.80}, expected the number of a step")
     # PRMBench's own evaluator passes over numbers that name no step.
     quirks["error_steps_out_of_range"] += sum(not 1 <= error <= len(steps) for error in errors)
     return [
@@ -369,17 +365,16 @@ def _best_of_n(record: dict, stem: str, index: int, finder: ImageFinder, quirks:
     source = _field(record, "source", str) if "source" in record else stem
     paths = _images(_field(record, "images", list) if "images" in record else [], finder)
     if not candidates:
-        raise _Refused("bad_field", "candidates is empty, expected at least one")
+        raise Refused("bad_field", "candidates is empty, expected at least one")
     items = []
     for number, candidate in enumerate(candidates):
         try:
             if not isinstance(candidate, dict):
-                raise _Refused("bad_field", f"expected an object, got {candidate!r:.80}")
+                raise Refused("bad_field", f"expected an object, got {candidate!r:.80}")
             steps = _steps(_field(candidate, "steps", list) if "steps" in candidate else _split(candidate))
             correct = _field(candidate, "correct", bool)
-        except _Refused as refusal:
-            reason, detail = refusal.args
-            raise _Refused(reason, f"candidate {number}: {detail}") from refusal
+        except Refused as refusal:
+            raise Refused(refusal.reason, f"candidate {number}: {refusal}") from refusal
         items.append(
             {
                 "id": f"{source}:{index}:{number}",
@@ -427,12 +422,7 @@ BENCHMARKS = {
 
 
 def _steps(steps: list) -> list[str]:
-    if not steps:
-        raise _Refused("empty_steps", "the list of steps is empty")
-    for number, step in enumerate(steps):
-        if not isinstance(step, str) or not step.strip():
-            raise _Refused("step_without_text", f"step {number} is {step!r:.80}, expected text")
-        _check_unicode(f"step {number}", step)
+    check_steps(steps, "the list of steps")
     return steps
 
 
@@ -442,17 +432,14 @@ def _split(candidate: dict) -> list[str]:
 
 
 def _images(names: list, finder: ImageFinder) -> list[str]:
-    try:
-        return [finder.find(name) for name in names]
-    except ImageRefused as refused:
-        raise _Refused(refused.reason, str(refused)) from refused
+    return [finder.find(name) for name in names]
 
 
 def _images_named(tags: list[str]) -> int:
     """How many images `<image>` and `<imageN>` tags of a question ask for."""
     if any(len(tag) > 9 for tag in tags):
         longest = max(tags, key=len)
-        raise _Refused("bad_field", f"question: expected the number of an image, got <image{longest:.9}...>")
+        raise Refused("bad_field", f"question: expected the number of an image, got <image{longest:.9}...>")
     return max([tags.count(""), *(int(tag) for tag in tags if tag)])
 
 
@@ -469,14 +456,7 @@ def _digest(path: str) -> str:
 def _field(record: dict[str, Any], key: str, kind: Any) -> Any:
     if not isinstance(record.get(key), kind):
         got = f"{record[key]!r:.80}" if key in record else "no such key"
-        raise _Refused("bad_field", f"{key}: expected {getattr(kind, '__name__', kind)}, got {got}")
+        raise Refused("bad_field", f"{key}: expected {getattr(kind, '__name__', kind)}, got {got}")
     if kind is str:
-        _check_unicode(key, record[key])
+        check_unicode(key, record[key])
     return record[key]
-
-
-def _check_unicode(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _Refused("text_not_unicode", f"{name} holds a lone surrogate, which no tokenizer reads") from error

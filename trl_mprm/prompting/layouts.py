@@ -9,12 +9,12 @@ import torch
 from transformers import ProcessorMixin
 
 from ..data.images import open_image
+from ..data.rows import check_steps
 from .step_format import StepFormat
 from .tokens import (
     ProcessingClass,
     Rendered,
     check_prompt,
-    check_steps,
     encode_texts,
     errors_name_row,
     first_token,

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from ..data.images import open_image
+from ..data.rows import check_steps
 from .layouts import render_plain_prefixes, render_texts
 from .step_format import StepFormat, StepIds
 from .tokens import (
@@ -29,7 +30,6 @@ from .tokens import (
     ProcessingClass,
     Rendered,
     check_prompt,
-    check_steps,
     encode_texts,
     errors_name_row,
     images_of,

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.images import open_image
+from ..data.rows import check_unicode
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -67,7 +68,7 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -> None:
     """Raise `ValueError` where a question is not Unicode or contains one of the tokens `forbidden`."""
     text = prompt_text(prompt)
-    _check_unicode("the prompt", text)
+    check_unicode("the prompt", text)
     for token in forbidden:
         if token in text:
             raise ValueError(
@@ -115,26 +116,6 @@ def encode_texts(
             closed = special and ids[-1:] == [tokenizer.eos_token_id]
             prefixes[index]["input_ids"] = ids[:-1] if closed else ids
     return prefixes, image_tensors
-
-
-def check_steps(completions: Sequence[str]) -> None:
-    if not isinstance(completions, Sequence) or isinstance(completions, str):
-        raise ValueError(f"`completions` is {completions!r:.60}, expected a list of steps: split the text first")
-    for number, step in enumerate(completions):
-        if not isinstance(step, str) or not step.strip():
-            raise ValueError(f"step {number} is {step!r}, expected text: remove the empty step and its label")
-        _check_unicode(f"step {number}", step)
-    if not completions:
-        raise ValueError("`completions` is empty, expected at least one step: remove the row")
-
-
-def _check_unicode(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} holds a lone surrogate ({text[error.start]!r}), which no tokenizer reads: give it in UTF-8"
-        ) from error
 
 
 @contextmanager

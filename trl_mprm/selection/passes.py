@@ -29,7 +29,7 @@ import pyarrow as pa
 import xxhash
 
 from ..data.formats import IMAGE_PLACE, parse, states_answer, to_row
-from ..data.images import ImageFinder, ImageRefused
+from ..data.images import ImageFinder
 from ..data.kept_sources import check_kept_sources, kept_sources
 from ..data.rows import Refused, image_list, own_text
 from ..data.shards import Shard, line_batches, lines_at
@@ -209,7 +209,7 @@ class _Rows:
             try:
                 row = to_row(record, self.drop_answer_step)
             except Refused as refused:
-                reason = REASONS.index(refused.args[0])
+                reason = REASONS.index(refused.reason)
                 group = self._state(source, reason, reason), 0
             else:
                 scores = [score for score in row["mc_scores"] if score is not None]
@@ -248,13 +248,13 @@ class _Rows:
     def _group(self, source: str, prompt: str, images: Iterable) -> tuple[int, int]:
         """State and group of a row whose text and scores are good; its images may not be."""
         found = [self.finder.look(image) for image in images]
-        faults = [image for image in found if isinstance(image, ImageRefused)]
+        faults = [image for image in found if isinstance(image, Refused)]
         if not faults:
             return self._state(source, -1, -1), group_hash(source, prompt, found)
         reason = unread = REASONS.index(faults[0].reason)
         if reason == IMAGE_MISSING:  # and if images are not looked for?
             found = [self.unread.look(image) for image in images]
-            faults = [image for image in found if isinstance(image, ImageRefused)]
+            faults = [image for image in found if isinstance(image, Refused)]
             unread = REASONS.index(faults[0].reason) if faults else -1
         return self._state(source, reason, unread), 0 if faults else group_hash(source, prompt, found)
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,47 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from ..data.rows import IGNORE_INDEX
+from ..data.rows import IGNORE_INDEX, check_row, is_text
 from ..prompting.tokens import check_prompt, row_name
 from .sampling import undecoded
-
-
-def check_row(row: dict[str, Any], name: str) -> None:
-    """Raise `ValueError` unless `row` has a question, steps, and a label a step in [0, 1] or -100, not all of them -100."""
-    missing = [column for column in ("prompt", "completions", "labels") if column not in row]
-    if missing:
-        raise ValueError(f"{name} has no {', '.join(missing)}; it has {', '.join(row)}: rename its columns")
-    if "image" in row and "images" not in row:
-        raise ValueError(f"{name} has an `image`, expected `images`, a list: write images=[image]")
-    if not isinstance(row["prompt"], str | list):
-        raise ValueError(
-            f"{name}: `prompt` is {row['prompt']!r:.60}, expected the question, or a list of chat messages"
-        )
-    for column, content in (("completions", "steps"), ("labels", "numbers, one a step")):
-        if not isinstance(row[column], Sized) or isinstance(row[column], str):
-            raise ValueError(f"{name}: `{column}` is {row[column]!r:.60}, expected a list of {content}")
-    labels, steps = row["labels"], row["completions"]
-    if not len(steps):
-        raise ValueError(f"{name}: `completions` is empty, expected at least one step: remove the row")
-    if len(labels) != len(steps):
-        raise ValueError(f"{name}: {len(labels)} labels for {len(steps)} steps, expected one label a step")
-    for number, step in enumerate(steps):
-        if not isinstance(step, str) or not step.strip():
-            raise ValueError(f"{name}: step {number} is {step!r}, expected text: remove the empty step and its label")
-    for number, label in enumerate(labels):
-        if not _is_label(label):
-            raise ValueError(
-                f"{name}: label of step {number} is {label!r}, expected a number in [0, 1], or -100 to ignore the step"
-            )
-    if all(label == IGNORE_INDEX for label in labels):
-        raise ValueError(f"{name}: every label is -100, expected at least one labelled step: remove the row")
-
-
-def _is_label(label: Any) -> bool:
-    try:
-        return bool(0 <= label <= 1 or label == IGNORE_INDEX)  # neither holds for NaN
-    except TypeError:  # text, None, a list
-        return False
 
 
 def with_count_labels(row: dict[str, Any], name: str) -> dict[str, Any]:
@@ -145,7 +107,9 @@ def _all_rows_fit(table: pa.Table) -> bool:
         return False
     steps, labels = steps.combine_chunks(), labels.combine_chunks()
     texts, values = pc.list_flatten(steps), pc.list_flatten(labels).cast(pa.float64())
-    blank = pc.any(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)).as_py()
+    # A visible letter of ASCII makes a text; what has none is asked one by one.
+    others = texts.filter(pc.invert(pc.fill_null(pc.match_substring_regex(texts, "[!-~]"), False)))
+    blank = not all(map(is_text, others.to_pylist()))
     usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
     same_length = pc.all(pc.equal(pc.list_value_length(steps), pc.list_value_length(labels))).as_py()
     labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])

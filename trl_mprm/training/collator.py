@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from datasets import Image
 
-from ..data.rows import IGNORE_INDEX
+from ..data.rows import IGNORE_INDEX, check_row
 from ..models.shared_prefix import prefix_inputs, shared_length, suffix_inputs
 from ..prompting.rendering import pad_batch, render_rows
 from ..prompting.step_format import StepFormat
 from ..prompting.tokens import ProcessingClass, Rendered, errors_name_row, prompt_key, row_name, tokenizer_of
-from .checks import check_row, with_count_labels
+from .checks import with_count_labels
 
 
 logger = logging.getLogger(__name__)
