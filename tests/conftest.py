@@ -15,12 +15,11 @@ import json
 import pytest
 from PIL import Image as PILImage
 
-from trl_mprm.models.tiny import tiny_model
-
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory) -> dict[str, str]:
     """Tiny random models saved to disk, by architecture; built when first asked for."""
+    from trl_mprm.models.tiny import tiny_model  # here, so that tests of selection do not wait for torch
 
     class Folders(dict):
         def __missing__(self, architecture: str) -> str:

@@ -18,8 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from datasets import Dataset  # noqa: E402
-from helpers import FEATURES, config, make_rows
+from helpers import as_dataset, config, make_rows
 
 from trl_mprm import ProcessRewardTrainer  # noqa: E402
 from trl_mprm.models.tiny import tiny_model  # noqa: E402
@@ -43,7 +42,7 @@ def curve(folder: Path, seed: int = 0) -> dict[str, list[float]]:
             loss_type="soft",
             seed=seed,
         ),
-        train_dataset=Dataset.from_list(make_rows(images=True, n=9), features=FEATURES),
+        train_dataset=as_dataset(make_rows(images=True, n=9)),
     )
     trainer.train()
     torch.set_num_threads(threads)

@@ -7,8 +7,7 @@ image and two images.
 
 import pytest
 import torch
-from datasets import Dataset
-from helpers import FACTS, FEATURES, NF4, config, flat, make_rows, parameters, trainer_scores
+from helpers import FACTS, as_dataset, config, flat, make_rows, nf4, parameters, trainer_scores
 from peft import LoraConfig, PeftModel
 
 from trl_mprm import ProcessRewardModel, ProcessRewardTrainer
@@ -44,8 +43,8 @@ def test_trains_saves_and_loads(architecture, mode, tiny_folders, tmp_path):
             per_device_train_batch_size=2,
             train_sampling_strategy="sequential",
         ),
-        train_dataset=Dataset.from_list(rows, features=FEATURES),
-        quantization_config=NF4 if mode == "qlora" else None,
+        train_dataset=as_dataset(rows),
+        quantization_config=nf4() if mode == "qlora" else None,
         peft_config=None if mode == "full" else LoraConfig(r=8),
     )
     batch = trainer.data_collator(rows)
@@ -73,7 +72,9 @@ def test_trains_saves_and_loads(architecture, mode, tiny_folders, tmp_path):
     trainer.save_model()
     assert not list((tmp_path / "run").glob("*.bin"))
     expected = flat(trainer_scores(trainer, rows))
-    loaded = ProcessRewardModel.from_pretrained(tmp_path / "run", quantization_config=NF4 if mode == "qlora" else None)
+    loaded = ProcessRewardModel.from_pretrained(
+        tmp_path / "run", quantization_config=nf4() if mode == "qlora" else None
+    )
     assert flat(loaded.score_batch(rows)) == pytest.approx(expected, abs=1e-5)
     assert isinstance(loaded.model, PeftModel) == (mode != "full")
     if mode != "full":
@@ -87,7 +88,7 @@ def test_trains_saves_and_loads(architecture, mode, tiny_folders, tmp_path):
 def test_what_differs(architecture, tiny_folders):
     """The table holds what the libraries themselves say."""
     facts, vision = FACTS[architecture], architecture not in TEXT_ONLY
-    model = load_model(tiny_folders[architecture], NF4)
+    model = load_model(tiny_folders[architecture], nf4())
     names = {module: name for name, module in model.named_modules()}
     decoder = model.get_decoder()
     assert names[decoder] == decoder_name(model) == facts.decoder
@@ -112,7 +113,7 @@ def test_frozen_encoder_has_no_backward(architecture, mode, tiny_folders, tmp_pa
     trainer = ProcessRewardTrainer(
         model=tiny_folders[architecture],
         args=config(tmp_path, max_steps=1, gradient_checkpointing=True),
-        train_dataset=Dataset.from_list(mixed_rows(architecture)[3:], features=FEATURES),
+        train_dataset=as_dataset(mixed_rows(architecture)[3:]),
         peft_config=None if mode == "full" else LoraConfig(r=4),
     )
     backwards = {"encoder": 0, "decoder": 0}

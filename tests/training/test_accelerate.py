@@ -22,8 +22,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from datasets import Dataset, load_from_disk
-from helpers import FACTS, FEATURES, config, make_rows, run_processes
+from datasets import load_from_disk
+from helpers import FACTS, as_dataset, config, make_rows, run_processes
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -177,7 +177,7 @@ def fsdp_environment() -> dict[str, str]:
 )
 def test_fsdp2_on_two_processes_is_one_process(architecture, lora, order, tiny_folders, tmp_path):
     rows = make_rows(images=True)
-    Dataset.from_list([rows[index] for index in order], features=FEATURES).save_to_disk(tmp_path / "rows")
+    as_dataset([rows[index] for index in order]).save_to_disk(tmp_path / "rows")
     fsdp = fsdp_environment()
     assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in fsdp  # the trainer names it
     for n in (1, 2):
@@ -191,7 +191,7 @@ def test_fsdp2_on_two_processes_is_one_process(architecture, lora, order, tiny_f
 
 def test_fsdp2_resumes_from_its_checkpoint(tiny_folders, tmp_path):
     """Saved after the first step by two processes, resumed by two: the second step is the same to the last bit."""
-    Dataset.from_list(make_rows(images=True), features=FEATURES).save_to_disk(tmp_path / "rows")
+    as_dataset(make_rows(images=True)).save_to_disk(tmp_path / "rows")
     options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
     for output, resume in (("whole", False), ("resumed", True)):
         if resume:
@@ -218,7 +218,7 @@ def test_one_update_however_the_batch_is_split(options, tiny_folders, tmp_path):
     # Three rollouts of one question with its pictures, one with others; then four without.
     shown = [{**rows[index], "prompt": "How many?", "images": rows[3]["images"]} for index in (0, 1, 4)]
     rows = [*shown, rows[3], *({**rows[index], "prompt": "How many?"} for index in (2, 5, 2)), rows[5]]
-    Dataset.from_list(rows, features=FEATURES).save_to_disk(tmp_path / "rows")
+    as_dataset(rows).save_to_disk(tmp_path / "rows")
     one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     for output, n, change in (("at_once", 1, {}), ("one_by_one", 1, one_by_one), ("two_processes", 2, {})):
         argv = (tiny_folders["internvl"], str(tmp_path / "rows"), str(tmp_path / output), {}, False, options | change)
@@ -240,7 +240,7 @@ def test_a_shared_prefix_and_sharded_weights_are_refused(launcher, tiny_folders,
         ProcessRewardTrainer(
             model=tiny_folders["qwen2"],
             args=config(tmp_path, share_prefix=True),
-            train_dataset=Dataset.from_list(make_rows(images=False), features=FEATURES),
+            train_dataset=as_dataset(make_rows(images=False)),
         )
 
 
@@ -251,7 +251,7 @@ def test_ddp_config_launches_the_command_on_two_processes(tiny_folders, tmp_path
     # Not `use_cpu`: accelerate would start one process, and leave more to MPI. The training config says it.
     settings |= {"num_processes": 2, "mixed_precision": "no"}
     (tmp_path / "ddp.yaml").write_text(yaml.safe_dump(settings))
-    Dataset.from_list(make_rows(images=True), features=FEATURES).save_to_disk(tmp_path / "rows")
+    as_dataset(make_rows(images=True)).save_to_disk(tmp_path / "rows")
     training = {
         "model_name_or_path": tiny_folders["internvl"],
         "dataset_name": str(tmp_path / "rows"),

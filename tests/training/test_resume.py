@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from golden.make_curve import GOLDEN, TOLERANCE, curve
-from helpers import FEATURES, FORKSERVER, config, dataset, make_rows, run_processes
+from helpers import FORKSERVER, as_dataset, config, dataset, make_rows, run_processes
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -71,7 +71,7 @@ def train(model: str, rows: str, output: str, options: dict[str, Any], fate: str
 def test_killed_and_resumed_is_uninterrupted(options, tiny_folders, tmp_path):
     """Killed after step 3, resumed, killed while checkpoint 4 is written, resumed: the same weights, bit by bit."""
     rows = [{**row, "prompt": f"How many tiles of {index // 3}?"} for index, row in enumerate(make_rows(False, 12))]
-    Dataset.from_list(rows, features=FEATURES).save_to_disk(tmp_path / "rows")
+    as_dataset(rows).save_to_disk(tmp_path / "rows")
     model, log = tiny_folders["qwen2"], tmp_path / "log"
 
     def run(output: str, *how: Any) -> list[int]:

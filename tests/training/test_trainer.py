@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset, Image, List
-from helpers import ARCHITECTURES, NF4, config, dataset, flat, make_rows, picture, trainer_scores
+from helpers import ARCHITECTURES, config, dataset, flat, make_rows, nf4, picture, trainer_scores
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import (
@@ -54,7 +54,7 @@ def test_adapter_scores_the_same_in_a_new_process(tiny_folders, tmp_path):
 
 def test_quantises_the_decoder_only(tiny_folders):
     for architecture in ARCHITECTURES:
-        model = load_model(tiny_folders[architecture], NF4)
+        model = load_model(tiny_folders[architecture], nf4())
         quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         beside = tuple(modules_beside_decoder(model))
@@ -71,7 +71,7 @@ def test_4bit_gradients_survive_an_evaluation(tiny_folders, tmp_path):
         args=config(tmp_path),
         train_dataset=dataset("qwen2"),
         eval_dataset=dataset("qwen2"),
-        quantization_config=NF4,
+        quantization_config=nf4(),
         peft_config=LoraConfig(r=4, init_lora_weights=False),
     )
     batch = DataCollatorForProcessReward(trainer.processing_class)(make_rows(images=False))
@@ -251,7 +251,7 @@ def test_bad_use_says_what_to_do(tiny_folders, tmp_path):
         ({"train_dataset": data.select([])}, "has no rows"),
         ({"args": config(tmp_path, reward_tokens=["Correct", "Wrong"])}, "reward token 'Correct' is 7 tokens"),
         ({"args": config(tmp_path, reward_tokens=["Yes", "Yes"])}, "expected two different tokens"),
-        ({"quantization_config": NF4}, "give a `peft_config`"),
+        ({"quantization_config": nf4()}, "give a `peft_config`"),
         ({"train_dataset": data.remove_columns("images").add_column("image", ["a.png"] * 8)}, "has a column `image`"),
         ({"train_dataset": data.map(lambda row: {"prompt": "q<|im_end|>"})}, r"row a:0 \(8 rows in all\): the prompt"),
         (
@@ -434,7 +434,10 @@ def test_settings_that_cannot_be_meant(tiny_folders, tmp_path):
         ({"source_weights": {"a": -1.0}}, "source_weights is {'a': -1.0}, expected numbers of at least 0"),
         ({"max_length": 0}, "max_length is 0, expected at least 1"),
         ({"share_prefix": True, "train_sampling_strategy": "group_by_length"}, "choose one"),
-        ({"model_init_kwargs": {"quantization_config": NF4}}, "model_init_kwargs has quantization_config: give it to"),
+        (
+            {"model_init_kwargs": {"quantization_config": nf4()}},
+            "model_init_kwargs has quantization_config: give it to",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             config(tmp_path, **change)
