@@ -25,8 +25,8 @@ import time
 import numpy as np
 from tabulate import tabulate
 
-from trl_mprm.evaluation.metrics import best_threshold, class_f1, step_weighted_mean
 from trl_mprm.evaluation.published_results import VISUALPROCESSBENCH_STEPS
+from trl_mprm.evaluation.step_counts import best_threshold, class_f1, step_weighted_mean
 
 
 THRESHOLDS = [k / 1000 for k in range(1000)]

@@ -14,17 +14,9 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 
 from trl_mprm.data.aggregates import AGGREGATES
-from trl_mprm.evaluation.metrics import (
-    best_of_n_metrics,
-    best_threshold,
-    calibration_bins,
-    class_f1,
-    paired_bootstrap,
-    prmbench_scores,
-    step_metrics,
-    step_weighted_mean,
-)
+from trl_mprm.evaluation.metrics import best_of_n_metrics, paired_bootstrap, prmbench_scores, step_metrics
 from trl_mprm.evaluation.published_results import TABLES, VISUALPROCESSBENCH_STEPS
+from trl_mprm.evaluation.step_counts import best_threshold, calibration_bins, class_f1, step_weighted_mean
 
 
 OVERALL = (

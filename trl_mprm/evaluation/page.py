@@ -24,7 +24,7 @@ from ..data.aggregates import AGGREGATES
 from ..pages import colour, render_page
 from ..text import plain
 from .benchmarks import Benchmark
-from .metrics import CALIBRATION_BINS, calibration_bins
+from .step_counts import CALIBRATION_BINS, calibration_bins
 
 
 MAX_CARDS = 60
