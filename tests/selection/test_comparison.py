@@ -10,7 +10,7 @@ from trl_mprm.cli import main
 from trl_mprm.data.shards import plan_shards
 from trl_mprm.selection.comparison import METRICS, compare_rules, comparison_table
 from trl_mprm.selection.files import select_files
-from trl_mprm.selection.rules import RULES
+from trl_mprm.selection.rules import STEP_RULES
 
 
 def write_corpus(folder, seed: int = 0, n: int = 150) -> None:
@@ -66,9 +66,9 @@ def test_each_column_describes_what_the_rule_keeps(tmp_path, monkeypatch, ties, 
     monkeypatch.setattr("trl_mprm.selection.comparison.plan_shards", lambda inputs: plan_shards(inputs, 4000))
     parameters = {"fraction": 0.25, "alpha": 0.05, "ties": ties, "seed": 5, "by": by}
     table = compare_rules(tmp_path / "in", **parameters)
-    assert list(table) == ["full data", *RULES]
+    assert list(table) == ["full data", *STEP_RULES]
     assert table["full data"] == pytest.approx(describe_plainly(tmp_path / "in"))
-    for rule in RULES:
+    for rule in STEP_RULES:
         select_files(tmp_path / "in", tmp_path / rule, rule, **parameters)
         assert table[rule] == pytest.approx(describe_plainly(tmp_path / rule))
 
@@ -93,7 +93,7 @@ def test_compare_prints_and_writes_nothing(tmp_path, capsys):
     table = comparison_table(compare_rules(tmp_path / "in", fraction=0.25))
     assert [line.split()[0] for line in printed.splitlines()[2:-1]] == [label.split()[0] for label in METRICS]
     for row in table:
-        assert any(line.split()[-len(RULES) :] == row[-len(RULES) :] for line in printed.splitlines())
+        assert any(line.split()[-len(STEP_RULES) :] == row[-len(STEP_RULES) :] for line in printed.splitlines())
     assert main(["select", str(tmp_path / "in")]) == 2
     assert "expected --output" in capsys.readouterr().err
 

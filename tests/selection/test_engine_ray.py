@@ -16,7 +16,7 @@ from trl_mprm.cli import main
 from trl_mprm.data.shards import plan_shards
 from trl_mprm.selection.comparison import compare_rules
 from trl_mprm.selection.files import select_files
-from trl_mprm.selection.threshold import KIND, Summary, merge
+from trl_mprm.selection.summary import KIND, Summary, merge
 
 
 ray = pytest.importorskip("ray", reason='needs pip install "trl-mprm[ray]"')

@@ -33,8 +33,9 @@ from trl_mprm.selection.bis import add_bis
 from trl_mprm.selection.files import select_files
 from trl_mprm.selection.passes import _is_utf8, _Rows, emit, score_shard
 from trl_mprm.selection.report import build_report
-from trl_mprm.selection.rules import RULES
-from trl_mprm.selection.threshold import MAX_GROUPS, find_cut, kept_rows, merge, settle, summarize, tie_counts
+from trl_mprm.selection.rules import STEP_RULES, CutSpec
+from trl_mprm.selection.summary import MAX_GROUPS, merge, summarize
+from trl_mprm.selection.threshold import find_cut, kept_rows, settle, tie_counts
 
 
 def raw(scores, question="q", **fields):
@@ -215,7 +216,7 @@ def select_shards(shards, rule, order=None, **parameters):
     scored = [score_shard(shard) for shard in shards]
     order = order or list(range(len(shards)))
     summary = merge(pickle.loads(pickle.dumps(scored[index][1])) for index in order)
-    cut = find_cut(summary, rule, **parameters)
+    cut = find_cut(summary, CutSpec(rule, **parameters))
     while not cut.settled:
         cut = settle(cut, [tie_counts(scored[index][0], cut) for index in order])
     kept = defaultdict(list)
@@ -238,7 +239,7 @@ corpora = st.lists(st.tuples(st.sampled_from(["a", "é数"]), scores_of_rows), m
 @given(
     corpora,
     st.sampled_from([0.05, 0.25, 0.29, 0.5, 1.0]),
-    st.sampled_from(RULES),
+    st.sampled_from(STEP_RULES),
     st.sampled_from(["first", "hash"]),
     st.sampled_from(["source", None]),
     st.sampled_from([1, 300, 100_000, 2**30]),
@@ -265,7 +266,7 @@ def test_ties_of_a_large_block_are_found_through_a_window(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(raw([1.0])) + "\n" for _ in range(5000)))
     shards = plan_shards(tmp_path, shard_bytes=50_000)
     scored = [score_shard(shard) for shard in shards]
-    cut = find_cut(merge(summary for _, summary in scored), "random", fraction=0.3, seed=1)
+    cut = find_cut(merge(summary for _, summary in scored), CutSpec("random", fraction=0.3, seed=1))
     ties = [tie_counts(scores, cut) for scores, _ in scored]
     assert sum(len(values) for part in ties for values, _ in part.inside.values()) < 1000
     cut = settle(cut, ties)
@@ -482,7 +483,7 @@ def test_a_parquet_file_that_changes_between_the_passes(tmp_path):
     os.utime(file, ns=(0, shard.stamp[1]))
     shard = shard._replace(stamp=(file.stat().st_size, shard.stamp[1]))
     with pytest.raises(ValueError, match="a.parquet changed while it was read"):
-        emit(shard, scores, find_cut(summary, "bis", fraction=1.0), io.BytesIO(), io.BytesIO())
+        emit(shard, scores, find_cut(summary, CutSpec("bis", fraction=1.0)), io.BytesIO(), io.BytesIO())
 
 
 def test_pictures_inside_parquet(tmp_path):
@@ -593,7 +594,7 @@ def test_a_file_that_changes_between_the_passes(tmp_path):
     file.write_text("".join(json.dumps(raw([1.0, 0.0])) + "\n" for _ in range(10)))
     (shard,) = plan_shards(file)
     scores, summary = score_shard(shard)
-    cut = find_cut(summary, "bis", fraction=1.0)
+    cut = find_cut(summary, CutSpec("bis", fraction=1.0))
     out = tmp_path / "out"
 
     def second_pass():

@@ -15,13 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from trl_mprm.cli import main
 from trl_mprm.data.rollouts import FEATURES as FEATURES_OF_ROWS
 from trl_mprm.data.rollouts import load_rollouts
 from trl_mprm.selection.bis import add_bis
+from trl_mprm.selection.dataset_card import dataset_card
 from trl_mprm.selection.datasets import Selection, select, top_fraction
 from trl_mprm.selection.files import select_files
 from trl_mprm.selection.report import report_table
-from trl_mprm.selection.rules import RULES
+from trl_mprm.selection.rules import RULES, STEP_RULES
 
 
 FEATURES = Features({"rollout_id": Value("string"), "source": Value("string"), "mc_scores": List(Value("float64"))})
@@ -116,7 +118,7 @@ def test_the_whole_corpus_is_cut_as_a_full_stable_sort_cuts_it(corpus, fraction,
 
 
 @settings(deadline=None)
-@given(corpora, fractions, st.sampled_from(RULES), st.integers(0, 3), st.randoms(use_true_random=False))
+@given(corpora, fractions, st.sampled_from(STEP_RULES), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_seeded_ties_do_not_see_the_order_of_rows(corpus, fraction, rule, seed, shuffler):
     data = dataset(corpus)
     order = list(range(len(data)))
@@ -127,7 +129,7 @@ def test_seeded_ties_do_not_see_the_order_of_rows(corpus, fraction, rule, seed, 
 
 
 @settings(deadline=None)
-@given(corpora, fractions, st.sampled_from(RULES))
+@given(corpora, fractions, st.sampled_from(STEP_RULES))
 def test_every_rule_keeps_its_best(corpus, fraction, rule):
     data = dataset(corpus)
     scores = {row["rollout_id"]: [s for s in row["mc_scores"] if s is not None] for row in data}
@@ -315,7 +317,7 @@ def content(data):
     return [json.dumps(row, sort_keys=True) for row in data.remove_columns(["rollout_id", "images"]).to_list()]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", STEP_RULES)
 @pytest.mark.parametrize("name, by", [("kept", "source"), ("kept.jsonl", "corpus"), ("kept.parquet", "source")])
 def test_files_and_python_keep_the_same_rows(tmp_path, rule, name, by):
     folder, output = corpus_folder(tmp_path / "raw"), tmp_path / "out" / name
@@ -495,7 +497,7 @@ def test_file_errors_leave_everything_as_it_was(tmp_path, make, message):
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(corpus=corpora, fraction=fractions, rule=st.sampled_from(RULES), ties=st.sampled_from(["first", "hash"]))
+@given(corpus=corpora, fraction=fractions, rule=st.sampled_from(STEP_RULES), ties=st.sampled_from(["first", "hash"]))
 def test_files_and_python_agree_on_any_corpus(tmp_path_factory, corpus, fraction, rule, ties):
     folder = tmp_path_factory.mktemp("any")
     for source in {source for source, _ in corpus}:
@@ -520,3 +522,93 @@ def test_files_and_python_agree_on_any_corpus(tmp_path_factory, corpus, fraction
         lines = (folder / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
         numbers = [int(i.split(":")[1]) for i in selection.kept if i.startswith(f"{name}:")]
         assert (folder / "out" / f"{name}.jsonl").read_bytes() == b"".join(lines[number] for number in numbers)
+
+
+# ---- a rule that ranks by a field of its own
+
+
+def write_hops(folder) -> list[dict]:
+    """Rows with a number of their own, `hops & co`; some have none, or no number."""
+    rng = random.Random(2)
+    (folder / "raw").mkdir(parents=True)
+    rows = []
+    for source, n in (("AI2D", 30), ("GEOS", 11)):
+        for index in range(n):
+            hops = [index % 5, 2.5, "3", None, True, 10**400][index % 6] if index % 3 else rng.randint(0, 4)
+            steps = [{"step": "a", "score": 0.5, "num_mc_total": 16}, {"step": "b", "score": 0.0, "num_mc_total": 16}]
+            row = {"question": f"q{index}", "steps_with_score": steps, "rollout_id": f"{source}:{index}"}
+            rows.append(row | {"source": source} | ({} if index % 7 == 3 else {"hops & co": hops}))
+        text = "\n\n".join(json.dumps(row) for row in rows if row["source"] == source)
+        (folder / "raw" / f"{source}.jsonl").write_text(f"{text}\n<no json>\n")
+    return rows
+
+
+def number(row) -> float | None:
+    value = row.get("hops & co")
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
+
+
+@pytest.mark.parametrize("ties", ["first", "hash"])
+def test_the_rule_column_ranks_by_any_number_of_a_row(tmp_path, ties):
+    rows = write_hops(tmp_path)
+    options = {"fraction": 0.4, "column": "hops & co", "ties": ties, "seed": 2}
+    report = select_files(tmp_path / "raw", tmp_path / "out", "column", **options)
+    kept = [json.loads(line) for name in ("AI2D", "GEOS") for line in open(tmp_path / "out" / f"{name}.jsonl")]
+    ids = {row["rollout_id"] for row in kept}
+    for name, facts in report["sources"].items():
+        mine = [row for row in rows if row["source"] == name]
+        values = sorted((number(row) for row in mine if number(row) is not None), reverse=True)
+        quota = max(1, int(len(values) * 0.4))
+        inside = sorted((number(row) for row in mine if row["rollout_id"] in ids), reverse=True)
+        assert inside == values[:quota] and facts["cut_score"] == values[quota - 1]
+        assert facts["refused"] == {"no_score": len(mine) - len(values), "not_json": 1}
+    if ties == "first":
+        assert tuple(row["rollout_id"] for row in kept) == naive_top(rows, 0.4, number)
+    assert (report["rule"], report["column"], report["alpha"]) == ("hops & co", "hops & co", None)
+    # a dataset with that column, in Python: the same rows, and `top_fraction` is the same rule
+    data = Dataset.from_list(
+        [
+            {
+                "rollout_id": row["rollout_id"],
+                "source": row["source"],
+                "hops & co": number(row),
+                "mc_scores": [0.5, 0.0],
+            }
+            for row in rows
+        ]
+    )
+    assert set(select(data, "column", **options).kept) == ids
+    assert select(data, "column", **options) == top_fraction(data, 0.4, score="hops & co", ties=ties, seed=2)
+    # a Parquet file keeps fields of its own as text: numbers in a column of their own are read
+    data.remove_columns("mc_scores").add_column("labels", [[0.5, 0.0]] * len(data)).add_column(
+        "prompt", ["?"] * len(data)
+    ).add_column("completions", [["a", "b"]] * len(data)).to_parquet(tmp_path / "rows.parquet")
+    select_files(tmp_path / "rows.parquet", tmp_path / "again" / "kept.parquet", "column", **options)
+    assert set(pq.read_table(tmp_path / "again" / "kept.parquet")["rollout_id"].to_pylist()) == ids
+
+
+def test_the_rule_column_from_the_command_line_to_page_and_card(tmp_path, capsys):
+    write_hops(tmp_path)
+    argv = ["select", str(tmp_path / "raw"), "--rule", "column", "--fraction", "0.3", "--output"]
+    assert main([*argv, str(tmp_path / "out")]) == 2
+    assert "the rule column ranks by a column" in capsys.readouterr().err
+    argv += [str(tmp_path / "out"), "--column", "hops & co", "--report", str(tmp_path / "page.html")]
+    assert main(argv) == 0
+    assert "refused: " in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "rollouts kept by hops &amp; co" in page and "the highest value of a column" in page
+    assert "does not cut in this plane" in page
+    card = dataset_card("you/kept", json.loads((tmp_path / "out" / "selection.json").read_text())).text
+    assert "| rule | `hops & co`: the highest value of a column (`hops & co`) |" in card
+    assert "--rule column --fraction 0.3 --column 'hops & co' --by" not in card
+    assert "--rule column --fraction 0.3 --column 'hops & co' --ties first" in card
+
+
+def test_every_rule_is_in_the_help_and_only_one_takes_a_column(capsys):
+    with pytest.raises(SystemExit):
+        main(["select", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for rule in RULES.values():
+        assert f"{rule.name}: {rule.words}" in text
+    with pytest.raises(ValueError, match="the rule column ranks by a column, and no other rule does"):
+        select(dataset([("a", [0.5])]), "bis", fraction=0.5, column="x")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ..selection.rules import RULES
 from .arguments import ShowDefaults, print_table
 
 
@@ -16,7 +17,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--compare", action="store_true", help="print what every rule would keep, side by side")
     command.add_argument("--report", metavar="FILE", help="also draw the selection on a page, FILE.html")
     command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
-    command.add_argument("--rule", default="bis", choices=["bis", "random", "mixed", "reliable", "low_mc"])
+    rules = "; ".join(f"{rule.name}: {rule.words}" for rule in RULES.values())
+    command.add_argument("--rule", default="bis", choices=list(RULES), help=rules)
+    command.add_argument("--column", metavar="NAME", help="of the rule `column`: the field of a row to rank by")
     command.add_argument("--fraction", type=float, default=0.1, help="share kept")
     command.add_argument("--by", default="source", choices=["source", "corpus"], help="of each source, or of all rows")
     command.add_argument("--alpha", type=float, default=0.05, help="of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%")
@@ -50,6 +53,7 @@ def select(args: argparse.Namespace) -> int:
         ties=args.ties,
         seed=args.seed,
         by=args.by,
+        column=args.column,
         image_root=args.image_root,
         drop_answer_step=args.drop_answer_step,
         strict=args.strict,

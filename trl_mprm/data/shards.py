@@ -190,13 +190,13 @@ def _members(archive: Path) -> list[str]:
 # ---- reading
 
 
-def line_batches(shard: Shard) -> Iterator[tuple[bytes, list[bytes]]]:
+def line_batches(shard: Shard, keys: Iterable[str] = READ_KEYS) -> Iterator[tuple[bytes, list[bytes]]]:
     """
     The bytes of a shard, a few lines at a time, and these lines with their ends. Parquet rows come as lines of JSON,
-    with the fields of `READ_KEYS` alone.
+    with the fields of `keys` alone.
     """
     if shard.file.endswith(".parquet"):
-        for records in _parquet_batches(shard, READ_KEYS):
+        for records in _parquet_batches(shard, keys):
             lines = [_json_line(shard, record) for record in records]
             yield b"".join(lines), lines
         return

@@ -93,12 +93,16 @@ def score_of_sums(n_steps: np.ndarray, n_pos: np.ndarray, mc_sum: np.ndarray, al
 
     ```
     """
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be a number of at least 0 (the paper uses 0.05 and 0.2), got {alpha!r}")
+    check_alpha(alpha)
     p_pos = n_pos / np.maximum(n_steps, 1)
     reliability = np.where(n_pos > 0, mc_sum / np.maximum(n_pos, 1), 1.0)
     bis = (p_pos * (1 - p_pos) + alpha) * reliability
     return {"bis": bis, "bis_p_pos": p_pos, "bis_reliability": reliability}
+
+
+def check_alpha(alpha: float) -> None:
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha must be a number of at least 0 (the paper uses 0.05 and 0.2), got {alpha!r}")
 
 
 def step_scores(batch: pa.Table | Mapping) -> tuple[np.ndarray, np.ndarray]:

@@ -17,10 +17,10 @@ import numpy as np
 from ..data.hub import local_inputs
 from ..data.shards import Paths, Shard, plan_shards
 from .engine import find_engine
-from .files import column_of
 from .report import describe
-from .rules import RULES, check_cut
-from .threshold import Cut, Scores, Summary, find_cut, kept_rows, merge, settle, summarize
+from .rules import STEP_RULES, CutSpec, column_to_cut_by
+from .summary import Scores, Summary, merge, reason_of_kinds, summarize
+from .threshold import Cut, find_cut, kept_rows, settle
 
 
 # The rows of the paper's Table 1 and one more: what they are in `compare_rules`, and how they are printed.
@@ -49,7 +49,7 @@ def compare_rules(
     engine: str = "local",
 ) -> dict[str, dict]:
     """
-    Describe full data and what each of the five rules keeps of it.
+    Describe full data and what each rule that needs step scores alone keeps of it.
 
     The arguments are those of [`~trl_mprm.selection.files.select_files`]: each rule keeps the rollouts that it keeps there.
 
@@ -72,20 +72,20 @@ def compare_rules(
 
     ```
     """
-    check_cut(fraction, ties, alpha=alpha, seed=seed)
-    parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed, "by": column_of(by)}
+    parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed, "by": column_to_cut_by(by)}
+    specs = [CutSpec(rule, **parameters) for rule in STEP_RULES]
     table = {}
     with find_engine(engine)(plan_shards(local_inputs(inputs)), image_root, drop_answer_step, words=True) as run:
         summary = merge(run.summaries())
-        for rule in RULES:
-            cut = find_cut(summary, rule, **parameters, images_required=image_root is not None)
+        for spec in specs:
+            cut = find_cut(summary, spec, images_required=image_root is not None)
             if not cut.valid.any():
                 raise ValueError(f"{inputs}: no row can be used: select without --compare tells why")
             while not cut.settled:
                 cut = settle(cut, run.ties(cut))
             kept, words, all_words = zip(*run.map(_kept, cut), strict=True)
             table.setdefault("full data", _describe(summary, cut, sum(all_words)))
-            table[rule] = _describe(merge(kept), cut, sum(words))
+            table[spec.rule] = _describe(merge(kept), cut, sum(words))
     return table
 
 
@@ -101,7 +101,7 @@ def comparison_table(table: dict[str, dict]) -> list[list]:
 def _kept(shard: Shard, scores: Scores, cut: Cut) -> tuple[Summary, int, int]:
     """Of a shard: the summary of the kept rows, the words of their steps, and those of all usable rows."""
     rows = kept_rows(scores, cut)
-    usable = np.append(scores.kinds["reason" if cut.check_images else "unread"] < 0, False)[scores.kind]
+    usable = np.append(reason_of_kinds(scores.kinds, cut.check_images) < 0, False)[scores.kind]
     return summarize(scores, rows), *(int(scores.words[some].sum(dtype=np.int64)) for some in (rows, usable))
 
 

@@ -7,17 +7,10 @@ from shlex import join
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..data.hub import is_hub_id
+from .rules import rule_of_report
 
 
 CARD = Path(__file__).parents[1] / "templates" / "dataset_card.md"
-
-RULE_TEXTS = {
-    "bis": "the highest Balanced-Information Score, (p_pos (1 - p_pos) + alpha) R",
-    "random": "at random",
-    "mixed": "rollouts with good and bad steps first, the rest at random",
-    "reliable": "the highest mean score of the positive steps (R)",
-    "low_mc": "the lowest mean score",
-}
 
 SHARES = (
     ("share of mixed rollouts", "mixed_share"),
@@ -40,7 +33,9 @@ def dataset_card(repo_id: str, report: dict, license: str | None = None) -> Data
             Of the rollouts.
     """
     hub_ids = [item for item in report["inputs"] if is_hub_id(item)]
-    words = ["trl-mprm", "select", *report["inputs"], "--rule", report["rule"], "--fraction", str(report["fraction"])]
+    entry = rule_of_report(report)
+    words = ["trl-mprm", "select", *report["inputs"], "--rule", entry.name, "--fraction", str(report["fraction"])]
+    words += ["--column", report["column"]] if "column" in report else []
     words += [] if report["alpha"] is None else ["--alpha", str(report["alpha"])]
     words += ["--by", "corpus"] if report["by"] == "corpus" else []
     words += ["--ties", report["ties"], "--seed", str(report["seed"])]
@@ -58,8 +53,8 @@ def dataset_card(repo_id: str, report: dict, license: str | None = None) -> Data
         name=repo_id,
         report=report,
         rows=[*report["sources"].items(), ("all", report["total"])],
-        rule=RULE_TEXTS.get(report["rule"], "the highest first"),
-        part="the whole corpus" if report["by"] == "corpus" else "each source",
+        rule=entry.words,
+        stratum="the whole corpus" if report["by"] == "corpus" else "each source",
         shares=SHARES,
         dataset_ids=[_with_revision(item, report.get("input_revisions", {}).get(item)) for item in hub_ids],
         version=version("trl-mprm"),

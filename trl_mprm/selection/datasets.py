@@ -1,18 +1,10 @@
 """
-Exact top fraction of the rollouts of each source, by one of the rules of the paper (arXiv 2602.04145), with evidence.
-
-    rule      a rollout ranks by                            ties
-    bis       BIS                                           file order, or a seeded hash
-    mixed     1 if it has good and bad steps, else 0        a seeded hash (the paper fills up at random)
-    reliable  R, the mean score of its positive steps       file order, or a seeded hash
-    low_mc    minus its mean score (lowest first)           file order, or a seeded hash
-    random    0                                             a seeded hash
+Exact top fraction of the rollouts of each source, by one of the rules of [`~trl_mprm.selection.rules`], with evidence.
 
 A rule is a score for each rollout; the cut is the same for all: `max(1, int(m * fraction))` of the `m` valid rollouts
 of a source, or of the whole corpus, the highest scores first.
 """
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -24,11 +16,9 @@ from datasets import Dataset, IterableDataset
 from .bis import step_scores, step_sums
 from .passes import group_hash
 from .report import SELECTION_VERSION, build_report
-from .rules import check_cut
-from .threshold import KIND, REASONS, UNKNOWN, Scores, find_cut, kept_rows, settle, summarize, tie_counts
-
-
-logger = logging.getLogger(__name__)
+from .rules import CutSpec
+from .summary import KIND, REASONS, UNKNOWN, Scores, summarize
+from .threshold import find_cut, kept_rows, settle, tie_counts
 
 
 @dataclass(frozen=True)
@@ -106,8 +96,7 @@ def top_fraction(
 
     ```
     """
-    check_cut(fraction, ties, seed=seed)
-    return _select(_batches(scored, by, score), by, score, score, fraction=fraction, alpha=None, ties=ties, seed=seed)
+    return select(scored, "column", fraction=fraction, ties=ties, seed=seed, by=by, column=score)
 
 
 def select(
@@ -119,14 +108,16 @@ def select(
     ties: str = "first",
     seed: int = 0,
     by: str | None = "source",
+    column: str | None = None,
 ) -> Selection:
     """
     Keep the top `fraction` of each source, or with `by=None` of all rows together, by one of the rules `bis`, `random`,
-    `mixed`, `reliable`, `low_mc`.
+    `mixed`, `reliable`, `low_mc`, `column`.
 
-    `select(rollouts, "bis", fraction=f, alpha=a)` keeps what `top_fraction(rollouts.map(add_bis, ...), f)` keeps. The
-    arguments are those of [`top_fraction`]; `alpha` is the paper's, for the rule `bis`; `random` and `mixed` always
-    break ties by the seeded hash.
+    `select(rollouts, "bis", fraction=f, alpha=a)` keeps what `top_fraction(rollouts.map(add_bis, ...), f)` keeps, and
+    `select(rollouts, "column", fraction=f, column="bis")` is that `top_fraction`. The arguments are those of
+    [`top_fraction`]; `alpha` is the paper's, for the rule `bis`; `random` and `mixed` always break ties by the seeded
+    hash.
 
     Examples:
     ```python
@@ -139,18 +130,10 @@ def select(
 
     ```
     """
-    check_cut(fraction, ties, rule, alpha, seed)
-    return _select(_batches(rollouts, by), by, None, rule, fraction=fraction, alpha=alpha, ties=ties, seed=seed)
-
-
-# ---- datasets
-
-
-def _select(batches: Iterable[dict], by: str | None, score: str | None, rule: str, **parameters) -> Selection:
-    """Rows of a dataset are one shard of the core in `cut`."""
-    ids, scores = _score_rows(batches, by, score)
+    spec = CutSpec(rule, fraction=fraction, alpha=alpha, ties=ties, seed=seed, by=by, column=column)
+    ids, scores = _score_rows(_batches(rollouts, spec), spec)  # one shard
     summary = summarize(scores)
-    cut = find_cut(summary, rule, by=by, **parameters)
+    cut = find_cut(summary, spec)
     while not cut.settled:
         cut = settle(cut, [tie_counts(scores, cut)])
     rows = kept_rows(scores, cut)
@@ -160,13 +143,13 @@ def _select(batches: Iterable[dict], by: str | None, score: str | None, rule: st
     return Selection(kept, tuple(rows.tolist()), report)
 
 
-def _score_rows(batches: Iterable[dict], by: str | None, score: str | None) -> tuple[list[str], Scores]:
-    """Read once what a rule and its report need: a few numbers a row, whatever the length of the rows."""
+def _score_rows(batches: Iterable[dict], spec: CutSpec) -> tuple[list[str], Scores]:
+    """Read once what a rule and its report need: a few numbers per row, whatever the length of the rows."""
     ids, groups, kind = [], [], []
     numbers: dict[str, int] = {}
     kinds: dict[tuple, int] = {}
     for batch in batches:
-        for name in ("rollout_id", by, score):
+        for name in ("rollout_id", spec.by, *_fields(spec)):
             if name is not None and name not in batch:
                 raise ValueError(
                     f"expected a column {name!r}, got {list(batch)}: read the rows with load_rollouts and, to cut by "
@@ -174,34 +157,38 @@ def _score_rows(batches: Iterable[dict], by: str | None, score: str | None) -> t
                 )
         n_rows = len(batch["rollout_id"])
         prompts, images = batch.get("prompt", [None] * n_rows), batch.get("images", [None] * n_rows)
-        sources = [str(source) for source in batch.get(by or "source", ["all"] * n_rows)]
+        sources = [str(source) for source in batch.get(spec.by or "source", ["all"] * n_rows)]
         ids += batch["rollout_id"]
         groups += [
             group_hash(source, str(prompt), row or ())
             for source, prompt, row in zip(sources, prompts, images, strict=True)
         ]
-        if score is None or "mc_scores" in batch or "steps_with_score" in batch:
+        if not _fields(spec) or "mc_scores" in batch or "steps_with_score" in batch:
             n_steps, n_pos, mc_sum, valid = step_sums(*step_scores(batch))
         else:
             n_steps, n_pos, mc_sum, valid = np.zeros((4, n_rows), int)
             mc_sum = mc_sum + UNKNOWN
         values = np.zeros(n_rows)
-        if score is not None:
-            values = np.array([np.nan if value is None else value for value in batch[score]], dtype=np.float64)
+        if _fields(spec):
+            values = spec.entry.value(batch, spec)
             valid = ~np.isnan(values)
-        place = [numbers.setdefault(source, len(numbers)) for source in sources]
+        number = [numbers.setdefault(source, len(numbers)) for source in sources]
         columns = (n_steps, n_pos, mc_sum, np.where(valid, values, 0))
         reason = np.where(valid, -1, REASONS.index("no_score")).tolist()
-        for key in zip(place, reason, *(column.tolist() for column in columns), strict=True):
+        for key in zip(number, reason, *(column.tolist() for column in columns), strict=True):
             kind.append(kinds.setdefault(key, len(kinds)))
     if not ids:
         raise ValueError("expected rollouts to select from, got no rows")
     _check_ids(ids)
     keys = [(source, reason, reason, *sums) for source, reason, *sums, _ in kinds]
-    column = None if score is None else np.array([key[-1] for key in kinds])
+    value = np.array([key[-1] for key in kinds]) if _fields(spec) else None
     kind, group = np.array(kind, np.int32), np.array(groups, np.uint64)
-    scores = Scores(0, "", "", tuple(numbers), np.array(keys, KIND), kind, group, score=column)
+    scores = Scores(0, "", "", tuple(numbers), np.array(keys, KIND), kind, group, value=value)
     return ids, replace(scores, ids=pa.array(ids, pa.string()))
+
+
+def _fields(spec: CutSpec) -> tuple[str, ...]:
+    return () if spec.entry.reads is None else spec.entry.reads(spec)
 
 
 def _check_ids(rollout_ids: list) -> None:
@@ -215,9 +202,9 @@ def _check_ids(rollout_ids: list) -> None:
             )
 
 
-def _batches(rows: Dataset | IterableDataset, by: str | None, score: str | None = None) -> Iterator[dict]:
-    """The columns that `_columns` reads, as lists; images undecoded."""
-    wanted = ("rollout_id", by or "source", score, "mc_scores", "steps_with_score", "prompt", "images")
+def _batches(rows: Dataset | IterableDataset, spec: CutSpec) -> Iterator[dict]:
+    """The columns that `_score_rows` reads, as lists; images undecoded."""
+    wanted = ("rollout_id", spec.by or "source", "mc_scores", "steps_with_score", "prompt", "images", *_fields(spec))
     if rows.column_names is not None:  # None: a stream after `map`, which learns its columns only when it runs
         rows = rows.select_columns([name for name in rows.column_names if name in wanted])
     if isinstance(rows, Dataset):

@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 
 from ..data.shards import Shard
 from .passes import Emitted, emit, score_shard
-from .threshold import Cut, Scores, Summary, Ties, tie_counts
+from .rules import CutSpec
+from .summary import Scores, Summary
+from .threshold import Cut, Ties, tie_counts
 
 
 POOL_BYTES = 2**25  # a corpus above this size is worth a process a core
@@ -41,9 +43,10 @@ class LocalRun:
         image_root: str | os.PathLike | None = None,
         drop_answer_step: bool = False,
         words: bool = False,
+        spec: CutSpec | None = None,
     ):
         self.shards, self.image_root = shards, image_root
-        self.options = {"drop_answer_step": drop_answer_step, "words": words}
+        self.options = {"drop_answer_step": drop_answer_step, "words": words, "spec": spec}
         self.scores: list[Scores] = []
 
     def __enter__(self) -> "LocalRun":

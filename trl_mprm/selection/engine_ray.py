@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 from ..data.shards import Shard
 from ..files import atomic_output
 from .passes import Emitted, emit, score_shard
-from .threshold import Cut, Scores, Summary, Ties, merge, tie_counts
+from .rules import CutSpec
+from .summary import Scores, Summary, merge
+from .threshold import Cut, Ties, tie_counts
 
 
 try:
@@ -42,7 +44,7 @@ class RayRun:
     Args:
         shards (`list` of [`~trl_mprm.data.shards.Shard`]):
             Every node must see their files under the same path.
-        image_root, drop_answer_step, words:
+        image_root, drop_answer_step, words, spec:
             As in [`~trl_mprm.selection.passes.score_shard`].
     """
 
@@ -52,9 +54,10 @@ class RayRun:
         image_root: str | os.PathLike | None = None,
         drop_answer_step: bool = False,
         words: bool = False,
+        spec: CutSpec | None = None,
     ):
         self.shards, self.image_root = shards, image_root
-        self.options = {"drop_answer_step": drop_answer_step, "words": words}
+        self.options = {"drop_answer_step": drop_answer_step, "words": words, "spec": spec}
         self.scores: list[ray.ObjectRef] = []
         self.message_bytes: list[int] = []  # of the reduce, a worker
 

@@ -8,9 +8,10 @@ from ..data.hub import local_inputs
 from ..data.shards import Paths, plan_shards
 from .engine import find_engine
 from .report import build_report, describe_refused
-from .rules import check_cut
-from .threshold import find_cut, merge, settle
-from .writer import Outputs, room_left, work_folder
+from .rules import CutSpec, column_to_cut_by
+from .summary import merge
+from .threshold import find_cut, settle
+from .writer import SelectionWriter, room_left, work_folder
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ def select_files(
     ties: str = "first",
     seed: int = 0,
     by: str = "source",
+    column: str | None = None,
     image_root: str | os.PathLike | None = None,
     drop_answer_step: bool = False,
     strict: bool = False,
@@ -50,6 +52,9 @@ def select_files(
             `*.jsonl`, `*.parquet`, or a folder.
         by (`str`, *optional*, defaults to `"source"`):
             `"source"`: the top fraction of each source; `"corpus"`: of all rows together.
+        column (`str`, *optional*):
+            For the rule `column`: the field of a row that ranks it, highest first. A row without a number there is
+            refused as `no_score`.
         image_root (`str` or path, *optional*):
             Folder of the images. Defaults to the folder of each file; if not one image is found there, the annotations
             came without them, and images are not checked (the report says so).
@@ -87,23 +92,13 @@ def select_files(
 
     ```
     """
-    check_cut(fraction, ties, rule, alpha, seed)
-    by = column_of(by)
+    spec = CutSpec(rule, fraction=fraction, alpha=alpha, ties=ties, seed=seed, by=column_to_cut_by(by), column=column)
     shards = plan_shards(local_inputs(inputs))
-    outputs = Outputs(Path(output), shards, inputs, save_to_disk, image_root, page)
+    writer = SelectionWriter(Path(output), shards, inputs, save_to_disk, image_root, page)
 
-    with find_engine(engine)(shards, image_root, drop_answer_step) as run:
+    with find_engine(engine)(shards, image_root, drop_answer_step, spec=spec) as run:
         summary = merge(run.summaries(strict))
-        cut = find_cut(
-            summary,
-            rule,
-            fraction=fraction,
-            alpha=alpha,
-            ties=ties,
-            seed=seed,
-            by=by,
-            images_required=image_root is not None,
-        )
+        cut = find_cut(summary, spec, images_required=image_root is not None)
         refused = describe_refused(summary, cut)
         if strict and refused:
             raise ValueError(f"{inputs}: {refused[0]}, and strict allows none")
@@ -115,12 +110,12 @@ def select_files(
             raise ValueError(f"{inputs}: no row can be used. {'; '.join(refused) or 'No rows at all.'}")
         while not cut.settled:
             cut = settle(cut, run.ties(cut))
-        outputs.folder.mkdir(parents=True, exist_ok=True)
-        with room_left(outputs.folder), work_folder(outputs.folder) as parts:
+        writer.folder.mkdir(parents=True, exist_ok=True)
+        with room_left(writer.folder), work_folder(writer.folder) as parts:
             emitted = run.emit(cut, parts)
-            kept = merge(part.summary for part in emitted)
+            kept = merge(shard.summary for shard in emitted)
             report = build_report(cut, summary, kept) | {
-                "inputs": outputs.inputs,
+                "inputs": writer.inputs,
                 "images": "checked" if cut.check_images else "not checked",
                 "drop_answer_step": drop_answer_step,
             }
@@ -128,15 +123,8 @@ def select_files(
             if page is not None:
                 from .page import draw_selection_report
 
-                text = draw_selection_report(report, summary, kept, cut, run, alpha)
-            outputs.write(report, emitted, parts, text)
+                text = draw_selection_report(report, summary, kept, cut, run)
+            writer.write(report, emitted, parts, text)
             if push_to_hub is not None:
-                outputs.push_to_hub(push_to_hub, report, emitted, parts, license)
+                writer.push_to_hub(push_to_hub, report, emitted, parts, license)
     return report
-
-
-def column_of(by: str) -> str | None:
-    """What `--by` says, for [`~trl_mprm.selection.threshold.find_cut`]."""
-    if by not in ("source", "corpus"):
-        raise ValueError(f'by must be "source" (each is cut on its own) or "corpus" (all rows together), got {by!r}')
-    return None if by == "corpus" else by

@@ -24,7 +24,9 @@ from ..pages import colour, render_page
 from ..text import plain
 from .bis import score_of_sums
 from .engine import LocalRun
-from .threshold import Cut, Scores, Summary, kept_rows
+from .rules import rule_of_report
+from .summary import Scores, Summary, reason_of_kinds
+from .threshold import Cut, kept_rows
 
 
 # Drawing areas of the two charts, in units of the SVG.
@@ -36,23 +38,23 @@ BINS, MIXTURE_CELLS, RELIABILITY_CELLS = 60, 26, 20
 N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP = 10, 100, 400, 10, 300
 
 
-def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut, run: "LocalRun", alpha: float) -> str:
+def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut, run: LocalRun) -> str:
     """
     The page of a selection, while the scores of its shards are at hand; see [`~trl_mprm.selection.files.select_files`].
 
     The rollouts to read are drawn with the seed of the selection: the same ones for every engine and any number of
     shards.
     """
-    counts = run.map(bis_counts, cut, alpha)
+    counts = run.map(bis_counts, cut)
     wanted, order = {}, {"kept": [], "dropped": []}
-    for name, places in order.items():
-        values, numbers = zip(*(part[name] for part in counts), strict=True)
-        for shard, *place in draw(values, numbers, N_EXAMPLES, report["seed"]):
-            wanted.setdefault(shard, []).append((name, *place))
-            places.append((shard, len(wanted[shard]) - 1))
-    rows = run.map(read_examples, cut, alpha, wanted)
-    examples = {name: [rows[shard][number] for shard, number in places] for name, places in order.items()}
-    return render_selection_report(report, valid, kept, examples, alpha, cut.check_images)
+    for name, drawn in order.items():
+        values, numbers = zip(*(shard[name] for shard in counts), strict=True)
+        for shard, *which in draw(values, numbers, N_EXAMPLES, report["seed"]):
+            wanted.setdefault(shard, []).append((name, *which))
+            drawn.append((shard, len(wanted[shard]) - 1))
+    rows = run.map(read_examples, cut, wanted)
+    examples = {name: [rows[shard][number] for shard, number in drawn] for name, drawn in order.items()}
+    return render_selection_report(report, valid, kept, examples, cut.spec.alpha, cut.check_images)
 
 
 def render_selection_report(
@@ -69,7 +71,7 @@ def render_selection_report(
     Args:
         report (`dict`):
             The report of a selection.
-        valid, kept ([`~trl_mprm.selection.threshold.Summary`]):
+        valid, kept ([`~trl_mprm.selection.summary.Summary`]):
             How many rollouts of each kind were read, and kept.
         examples (`dict`):
             Rows to show as `kept` and as `dropped`, see [`example_rows`].
@@ -82,7 +84,7 @@ def render_selection_report(
     ```python
     >>> import numpy as np
     >>> from datasets import Dataset
-    >>> from trl_mprm.selection.threshold import KIND, Summary
+    >>> from trl_mprm.selection.summary import KIND, Summary
     >>> from trl_mprm.selection.datasets import select
     >>> from trl_mprm.selection.page import render_selection_report
     >>> rows = {"rollout_id": ["a", "b", "c"], "source": ["x"] * 3, "mc_scores": [[1.0, 1.0], [1.0, 1.0], [0.75, 0.0]]}
@@ -95,18 +97,19 @@ def render_selection_report(
 
     ```
     """
-    columns = [_kinds(part, alpha, check_images) for part in (valid, kept)]
+    columns = [_kinds(some, alpha, check_images) for some in (valid, kept)]
     sources = _largest_sources(report)
     shares = [row["kept"] / max(row["valid"], 1) for row in report["sources"].values()]
     return render_page(
         "selection_report.html",
         report=report,
+        rule=rule_of_report(report),
         total=report["total"],
         alpha=alpha,
         histogram=_bis_histogram(*columns, alpha),
         cells=_mixture_cells(*columns),
         region=_kept_region(report, alpha),
-        cuts=_cuts(sources) if report["rule"] == "bis" else [],
+        cuts=_cuts(sources) if rule_of_report(report).of_bis else [],
         sources=sources,
         widest=max(report["fraction"], *shares),
         examples={name: [_example(row) for row in rows] for name, rows in examples.items()},
@@ -117,7 +120,7 @@ def render_selection_report(
 
 
 def _kinds(summary: Summary, alpha: float, check_images: bool) -> dict[str, np.ndarray]:
-    usable = summary.kinds["reason" if check_images else "unread"] < 0
+    usable = reason_of_kinds(summary.kinds, check_images) < 0
     kinds = summary.kinds[usable]
     columns = score_of_sums(*(kinds[name].astype(float) for name in ("n_steps", "n_pos", "mc_sum")), alpha)
     return columns | {"count": summary.count[usable].astype(np.int64)}
@@ -128,7 +131,7 @@ def _kinds(summary: Summary, alpha: float, check_images: bool) -> dict[str, np.n
 
 def draw(bis: list[np.ndarray], count: list[np.ndarray], n: int, seed: int = 0) -> list[tuple[int, float, int]]:
     """
-    Draw `n` rollouts, from the highest BIS to the lowest: one at random from each of `n` equal parts.
+    Draw `n` rollouts, from the highest BIS to the lowest: one at random from each of `n` equal shares.
 
     Args:
         bis (`list` of `np.ndarray`):
@@ -155,46 +158,46 @@ def draw(bis: list[np.ndarray], count: list[np.ndarray], n: int, seed: int = 0) 
     starts = np.concatenate([[0], np.cumsum(ends[order])])
     total, rng = int(starts[-1]), np.random.default_rng(seed)
     n = min(n, total)
-    ranks = [int(rng.integers(total * part // n, total * (part + 1) // n)) for part in range(n)]
-    places = np.searchsorted(starts, ranks, side="right") - 1
+    ranks = [int(rng.integers(total * share // n, total * (share + 1) // n)) for share in range(n)]
+    drawn = np.searchsorted(starts, ranks, side="right") - 1
     return [
-        (int(shard[order[place]]), float(bis[order[place]]), rank - int(starts[place]))
-        for rank, place in zip(ranks, places, strict=True)
+        (int(shard[order[index]]), float(bis[order[index]]), rank - int(starts[index]))
+        for rank, index in zip(ranks, drawn, strict=True)
     ]
 
 
-def bis_counts(shard: Shard, scores: Scores, cut: Cut, alpha: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def bis_counts(shard: Shard, scores: Scores, cut: Cut) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of the kept and the dropped rollouts of a shard: the values of BIS there are, and how many have them."""
-    bis, rows = _bis_of_lines(scores, cut, alpha)
+    bis, rows = _bis_of_lines(scores, cut)
     return {name: np.unique(bis[lines], return_counts=True) for name, lines in rows.items()}
 
 
 def read_examples(
-    shard: Shard, scores: Scores, cut: Cut, alpha: float, wanted: dict[int, list[tuple[str, float, int]]]
+    shard: Shard, scores: Scores, cut: Cut, wanted: dict[int, list[tuple[str, float, int]]]
 ) -> list[dict]:
     """Read what is wanted of a shard: `(name, bis, k)` is the k-th `kept` or `dropped` rollout with that BIS."""
     if shard.index not in wanted:
         return []
-    bis, rows = _bis_of_lines(scores, cut, alpha)
+    bis, rows = _bis_of_lines(scores, cut)
     numbers = [int(rows[name][bis[rows[name]] == value][k]) for name, value, k in wanted[shard.index]]
     ordered = np.unique(numbers)
     lines = (line for line, _ in lines_at(shard, ordered, scores.length))
     lines = dict(zip(ordered.tolist(), lines, strict=True))
-    return [_read(scores, cut, alpha, number, lines[number]) for number in numbers]
+    return [_read(scores, cut, number, lines[number]) for number in numbers]
 
 
-def _bis_of_lines(scores: Scores, cut: Cut, alpha: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _bis_of_lines(scores: Scores, cut: Cut) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """BIS of each line of a shard, NaN where it has none; and the numbers of its kept and dropped lines."""
     sums = (scores.kinds[name].astype(float) for name in ("n_steps", "n_pos", "mc_sum"))
-    usable = scores.kinds["reason" if cut.check_images else "unread"] < 0
-    bis = np.append(np.where(usable, score_of_sums(*sums, alpha)["bis"], np.nan), np.nan)[scores.kind]
+    usable = reason_of_kinds(scores.kinds, cut.check_images) < 0
+    bis = np.append(np.where(usable, score_of_sums(*sums, cut.spec.alpha)["bis"], np.nan), np.nan)[scores.kind]
     kept = kept_rows(scores, cut)
     return bis, {"kept": kept, "dropped": np.setdiff1d(np.flatnonzero(~np.isnan(bis)), kept)}
 
 
-def _read(scores: Scores, cut: Cut, alpha: float, number: int, line: bytes) -> dict:
+def _read(scores: Scores, cut: Cut, number: int, line: bytes) -> dict:
     kind, record = scores.kinds[scores.kind[number]], parse(line)
-    columns = score_of_sums(*(float(kind[name]) for name in ("n_steps", "n_pos", "mc_sum")), alpha)
+    columns = score_of_sums(*(float(kind[name]) for name in ("n_steps", "n_pos", "mc_sum")), cut.spec.alpha)
     return {
         "rollout_id": own_text(record, "rollout_id") or f"{scores.source}:{cut.first_line[scores.shard] + number}",
         "n_images": len(image_list(record)),
@@ -269,16 +272,13 @@ def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) ->
 
 def _kept_region(report: dict, alpha: float) -> list[str]:
     """Paths of the regions above the lowest and the highest cut of the sources; none where the plane has no cut."""
-    cuts = _cuts(report["sources"])
-    if not cuts or report["rule"] not in ("bis", "mixed", "reliable"):
+    cuts, lowest_reliability = _cuts(report["sources"]), rule_of_report(report).lowest_reliability
+    if not cuts or lowest_reliability is None:
         return []
     mixture = np.linspace(0, 0.25, 101)
     paths = []
     for cut in sorted({cuts[0], cuts[-1]}):
-        if report["rule"] == "bis":  # (mixture + alpha) R >= cut
-            lowest = np.minimum(cut / np.maximum(mixture + alpha, 1e-12), 1)
-        else:  # reliable: R >= cut; mixed: mixture > 0, or everything
-            lowest = np.full(101, cut) if report["rule"] == "reliable" else np.where(mixture > 0, 0.0, cut)
+        lowest = lowest_reliability(mixture, cut, alpha)
         points = [*zip(mixture, lowest, strict=True), (0.25, 1), (0, 1)]
         paths.append("M" + "L".join(f"{m / 0.25 * WIDTH:.1f} {(1 - r) * REGION_HEIGHT:.1f}" for m, r in points) + "Z")
     return paths

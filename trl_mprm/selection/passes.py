@@ -34,7 +34,20 @@ from ..data.kept_sources import check_kept_sources, kept_sources
 from ..data.rows import Refused, image_list, own_text
 from ..data.shards import Shard, line_batches, lines_at
 from .bis import step_sums
-from .threshold import IMAGE_MISSING, KIND, REASONS, Cut, Scores, Summary, kept_rows, summarize, unique_rows
+from .columns import read_values
+from .rules import CutSpec
+from .summary import (
+    IMAGE_MISSING,
+    KIND,
+    REASONS,
+    Scores,
+    Summary,
+    reason_of_kinds,
+    summarize,
+    unique_rows,
+    with_values,
+)
+from .threshold import Cut, kept_rows
 
 
 class _Step(msgspec.Struct, gc=False):
@@ -72,6 +85,7 @@ def score_shard(
     *,
     drop_answer_step: bool = False,
     words: bool = False,
+    spec: CutSpec | None = None,
 ) -> tuple[Scores, Summary]:
     """
     First pass: what is remembered of each line of a shard, and the summary that travels.
@@ -85,6 +99,8 @@ def score_shard(
             Take a last step that states the final answer for not measured.
         words (`bool`, *optional*, defaults to `False`):
             Count the words of the measured steps.
+        spec ([`~trl_mprm.selection.rules.CutSpec`], *optional*):
+            Of the selection: its rule may read fields of its own.
 
     Examples:
     ```python
@@ -110,6 +126,8 @@ def score_shard(
     if sources:
         check_kept_sources(shard.file, rows.n_lines, sources)
     scores = rows.scores(shard)
+    if spec is not None and spec.entry.reads is not None:
+        scores = with_values(scores, read_values(shard, spec))
     return scores, summarize(scores)
 
 
@@ -353,6 +371,7 @@ def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: Binary
     Examples:
     ```python
     >>> import io, pathlib, tempfile
+    >>> from trl_mprm.selection.rules import CutSpec
     >>> from trl_mprm.selection.threshold import find_cut
     >>> from trl_mprm.selection.passes import emit, score_shard
     >>> from trl_mprm.data.shards import plan_shards
@@ -361,7 +380,7 @@ def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: Binary
     >>> shard = plan_shards(file)[0]
     >>> scores, summary = score_shard(shard)
     >>> kept, refused = io.BytesIO(), io.BytesIO()
-    >>> emit(shard, scores, find_cut(summary, "bis", fraction=1.0), kept, refused).runs
+    >>> emit(shard, scores, find_cut(summary, CutSpec("bis", fraction=1.0)), kept, refused).runs
     [('toy', 1)]
     >>> kept.getvalue().decode().strip()
     '{"prompt": "?", "completions": ["a"], "labels": [0.5]}'
@@ -374,7 +393,7 @@ def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: Binary
         if _check(seen) != next(checks):
             raise ValueError(f"{shard.place} changed while it was read: run again when nothing writes to it")
         kept.write(line if line.endswith(b"\n") else line + b"\n")
-    reason = scores.kinds["reason" if cut.check_images else "unread"]
+    reason = reason_of_kinds(scores.kinds, cut.check_images)
     for row in np.flatnonzero(np.append(reason >= 0, False)[scores.kind]).tolist():
         place = {"file": shard.place, "line": cut.first_line[scores.shard] + row + 1}
         line = json.dumps(place | {"reason": REASONS[reason[scores.kind[row]]]}, ensure_ascii=False)

@@ -6,21 +6,22 @@ from bisect import bisect_left
 import numpy as np
 
 from .rules import score_of_kinds
-from .threshold import REASONS, UNKNOWN, Cut, Summary
+from .summary import REASONS, UNKNOWN, Summary, reason_of_kinds
+from .threshold import Cut
 
 
 # ---- evidence
 
 
 def describe_refused(summary: Summary, cut: Cut) -> list[str]:
-    """One line a reason: how many rows, of which sources, and where the first one stands."""
-    reasons = summary.kinds["reason" if cut.check_images else "unread"]
-    places: dict[int, tuple[int, int]] = {}
-    for (reason, unread), place in summary.first.items():
+    """One line per reason: how many rows, of which sources, and where the first one stands."""
+    reasons = reason_of_kinds(summary.kinds, cut.check_images)
+    first: dict[int, tuple[int, int]] = {}
+    for (reason, unread), line in summary.first.items():
         number = reason if cut.check_images else unread
-        places[number] = min(place, places.get(number, place))
+        first[number] = min(line, first.get(number, line))
     lines = []
-    for reason, (shard, line) in sorted(places.items(), key=lambda item: item[1]):
+    for reason, (shard, line) in sorted(first.items(), key=lambda item: item[1]):
         if reason >= 0:
             mine = reasons == reason
             count = np.bincount(summary.kinds["source"][mine], summary.count[mine], len(summary.sources)).astype(int)
@@ -31,10 +32,11 @@ def describe_refused(summary: Summary, cut: Cut) -> list[str]:
 
 
 def ties_of_sources(summary: Summary, cut: Cut) -> np.ndarray:
-    """How many rows of each source score just what the cut of their part is."""
+    """How many rows of each source score just what the cut of their stratum is."""
     kinds = summary.kinds
-    score = score_of_kinds(cut.parameters["rule"], cut.parameters["alpha"], kinds, summary.score)
-    at = (score == cut.cut_score[cut.part[kinds["source"]]]) & (kinds["reason" if cut.check_images else "unread"] < 0)
+    score = score_of_kinds(cut.spec, kinds, summary.value)
+    at = score == cut.cut_score[cut.stratum[kinds["source"]]]
+    at &= reason_of_kinds(kinds, cut.check_images) < 0
     return np.bincount(kinds["source"][at], summary.count[at], len(cut.sources)).astype(np.int64)
 
 
@@ -51,7 +53,7 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
         number = bisect_left(summary.sources, source)
         mine = slice(*np.searchsorted(kinds["source"], [number, number + 1]))
         kinds, count = kinds[mine], count[mine]
-    rows = kinds["reason" if check_images else "unread"] < 0
+    rows = reason_of_kinds(kinds, check_images) < 0
     kinds, count = kinds[rows], count[rows].astype(np.int64)
     n_steps, n_pos = kinds["n_steps"].astype(np.int64), kinds["n_pos"].astype(np.int64)
     n, steps = int(count.sum()), int((count * n_steps).sum())
@@ -91,26 +93,26 @@ def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
     Args:
         cut ([`~trl_mprm.selection.threshold.Cut`]):
             The settled cut.
-        summary, kept ([`~trl_mprm.selection.threshold.Summary`]):
+        summary, kept ([`~trl_mprm.selection.summary.Summary`]):
             Of all rows that were read, and of those that were written.
     """
     kinds, count = summary.kinds, summary.count.astype(np.int64)
-    reason = kinds["reason" if cut.check_images else "unread"]
+    reason = reason_of_kinds(kinds, cut.check_images)
     ends = np.searchsorted(kinds["source"], np.arange(len(cut.sources) + 1))
     ties, ties_kept = ties_of_sources(summary, cut), ties_of_sources(kept, cut)
-    rows, whole = {}, cut.parameters["by"] == "corpus"  # else each source has a cut of its own
+    rows, whole = {}, cut.spec.by is None  # else each source has a cut of its own
     for number, source in [*enumerate(cut.sources), (None, None)]:
         mine, at = (slice(None),) * 2 if source is None else (slice(*ends[number : number + 2]), [number])
         by_reason = np.bincount(reason[mine] + 1, count[mine], len(REASONS) + 1).astype(int).tolist()
         valid, refused = by_reason[0], {name: n for name, n in zip(REASONS, by_reason[1:], strict=True) if n}
-        after, before = (describe(part, cut.check_images, source) for part in (kept, summary))
+        after, before = (describe(some, cut.check_images, source) for some in (kept, summary))
         rows[source] = {
             "read": sum(by_reason),
             "refused": refused,
             "valid": valid,
             "kept": after["n"],
             "dropped": valid - after["n"],
-            "cut_score": float(cut.cut_score[cut.part[at]][0]) if valid and (source is not None or whole) else None,
+            "cut_score": float(cut.cut_score[cut.stratum[at]][0]) if valid and (source is not None or whole) else None,
             "ties_at_cut": int(ties[at].sum()),
             "ties_kept": int(ties_kept[at].sum()),
             **{name: after[name] for name in SHARES},
@@ -119,13 +121,13 @@ def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
     total = rows.pop(None)
     _check_quotas(cut, [row["valid"] for row in rows.values()], [row["kept"] for row in rows.values()])
     groups = "all" if not summary.halved else f"1 in {2**summary.halved}, by hash"
-    report = {**cut.parameters, "version": SELECTION_VERSION, "inputs": [], "groups_counted": groups}
+    report = {**cut.spec.facts(), "version": SELECTION_VERSION, "inputs": [], "groups_counted": groups}
     return report | {"sources": rows, "total": total}
 
 
 def _check_quotas(cut: Cut, valid: list[int], kept: list[int]) -> None:
     """What was written is what the cut asked for, or the core is wrong."""
-    quotas = [max(1, int(m * cut.parameters["fraction"])) if m else 0 for m in cut.valid.tolist()]
-    found = [np.bincount(cut.part, rows, len(quotas)).astype(int).tolist() for rows in (valid, kept)]
+    quotas = [max(1, int(m * cut.spec.fraction)) if m else 0 for m in cut.valid.tolist()]
+    found = [np.bincount(cut.stratum, rows, len(quotas)).astype(int).tolist() for rows in (valid, kept)]
     if found != [cut.valid.tolist(), quotas]:
         raise RuntimeError(f"{cut.valid.tolist()} valid rows should give {quotas}, got {found[0]} and {found[1]}")

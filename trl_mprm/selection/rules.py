@@ -1,37 +1,214 @@
-"""The rules of a selection."""
+"""
+The rules of a selection, one entry each, and what a user asks of a cut.
 
-from numbers import Integral
+A rule ranks rollouts by a score, the highest first; [`~trl_mprm.selection.threshold`] does the rest for all of them.
+A new rule is one more entry of `RULES`: `select`, `select_files`, the command line, page, card and comparison read it.
+
+    Rule("mixed", "rollouts with good and bad steps first, the rest at random", _mixed, by_hash=True)
+
+`score` sees, of each kind of rollout, how many steps were measured, how many are positive, and the sum of their scores.
+A rule that ranks by anything else names the fields that it `reads` of a row, and `value` makes one number of them:
+
+    Rule("column", "the highest value of a column", _value, reads=lambda spec: (spec.column,), value=_number_of_column)
+"""
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .bis import score_of_sums
+from .bis import check_alpha, score_of_sums
 
 
-RULES = ("bis", "random", "mixed", "reliable", "low_mc")
+@dataclass(frozen=True)
+class CutSpec:
+    """
+    What is asked of a cut; it travels whole from the command line to report and card.
+
+    Attributes:
+        rule (`str`): Name of an entry of `RULES`.
+        fraction (`float`): Share to keep, above 0 and at most 1.
+        alpha (`float`): The paper's alpha, at least 0; it counts where the rule ranks by BIS.
+        ties (`str`): `"first"` in the file, or by `"hash"`; a rule may insist on the hash.
+        seed (`int`): Seed of the hash, at least 0.
+        by (`str`, *optional*): What is cut one by one: the column `source`, or another one of a dataset. None: all
+            rows together.
+        column (`str`, *optional*): The column that the rule ranks by, where it ranks by one.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.selection.rules import CutSpec
+    >>> CutSpec("mixed", fraction=0.1).ties
+    'hash'
+    >>> CutSpec("bis", fraction=10)
+    Traceback (most recent call last):
+    ValueError: fraction must be above 0 and at most 1 (0.1 keeps a tenth), got 10
+
+    ```
+    """
+
+    rule: str = "bis"
+    _: KW_ONLY
+    fraction: float
+    alpha: float = 0.05
+    ties: str = "first"
+    seed: int = 0
+    by: str | None = "source"
+    column: str | None = None
+
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be above 0 and at most 1 (0.1 keeps a tenth), got {self.fraction!r}")
+        if self.ties not in ("first", "hash"):
+            raise ValueError(f'ties must be "first" (file order) or "hash" (seeded, any order), got {self.ties!r}')
+        check_alpha(self.alpha)
+        if not isinstance(self.seed, Integral) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        if (self.rule == "column") != (self.column is not None):
+            raise ValueError(
+                f"the rule column ranks by a column, and no other rule does: got rule {self.rule!r} and column "
+                f"{self.column!r}"
+            )
+        if self.entry.by_hash:
+            object.__setattr__(self, "ties", "hash")
+
+    @property
+    def entry(self) -> "Rule":
+        return RULES[self.rule]
+
+    def facts(self) -> dict[str, Any]:
+        """What report and card tell of it. The name of a column stands for the rule `column`."""
+        facts = {
+            "rule": self.column or self.rule,
+            "by": self.by or "corpus",
+            "fraction": self.fraction,
+            "alpha": self.alpha if self.entry.of_bis else None,
+            "ties": self.ties,
+            "seed": self.seed,
+        }
+        return facts | ({} if self.column is None else {"column": self.column})
 
 
-def score_of_kinds(rule: str, alpha: float | None, kinds: np.ndarray, score: np.ndarray | None) -> np.ndarray:
-    if score is not None:
-        return score
-    n_steps, n_pos, mc_sum = kinds["n_steps"].astype(np.int64), kinds["n_pos"].astype(np.int64), kinds["mc_sum"]
-    if rule == "bis":
-        return score_of_sums(n_steps, n_pos, mc_sum, alpha)["bis"]
-    return {
-        "random": np.zeros(len(kinds)),
-        "mixed": ((n_pos > 0) & (n_pos < n_steps)).astype(float),
-        "reliable": np.where(n_pos > 0, mc_sum / np.maximum(n_pos, 1), 1.0),
-        "low_mc": 0.0 - mc_sum / np.maximum(n_steps, 1),
-    }[rule]
+class Kinds(NamedTuple):
+    """What a rule may rank by: of each kind of rollout, its numbers. `value` is 0 where the rule reads no fields."""
+
+    n_steps: np.ndarray
+    n_pos: np.ndarray
+    mc_sum: np.ndarray
+    value: np.ndarray
 
 
-def check_cut(fraction: float, ties: str, rule: str = "bis", alpha: float = 0.05, seed: int = 0) -> None:
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be above 0 and at most 1 (0.1 keeps a tenth), got {fraction!r}")
-    if ties not in ("first", "hash"):
-        raise ValueError(f'ties must be "first" (file order) or "hash" (seeded, any order), got {ties!r}')
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be a number of at least 0 (the paper uses 0.05 and 0.2), got {alpha!r}")
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+@dataclass(frozen=True)
+class Rule:
+    """
+    One way to rank rollouts.
+
+    Attributes:
+        name (`str`): For `select(rollouts, name)` and `--rule`.
+        words (`str`): What is kept, for `--help`, page and card.
+        score (`Callable`): `(Kinds, CutSpec)` to the score of each kind, highest first.
+        by_hash (`bool`): Ties are always broken by the seeded hash.
+        of_bis (`bool`): The score is BIS: alpha counts, and the page draws the cut on the axis of BIS.
+        lowest_reliability (`Callable`, *optional*): `(mixture, cut, alpha)` to the lowest R that is kept at each
+            mixture p (1 - p), where the rule cuts in this plane: the page shades what lies above.
+        reads (`Callable`, *optional*): `CutSpec` to the names of the fields that `value` needs, beside the steps.
+        value (`Callable`, *optional*): `({name: list with an entry per row}, CutSpec)` to one number per row; NaN
+            refuses the row as `no_score`.
+    """
+
+    name: str
+    words: str
+    score: Callable[[Kinds, CutSpec], np.ndarray]
+    by_hash: bool = False
+    of_bis: bool = False
+    lowest_reliability: Callable[[np.ndarray, float, float], np.ndarray] | None = None
+    reads: Callable[[CutSpec], tuple[str, ...]] | None = None
+    value: Callable[[dict[str, list], CutSpec], np.ndarray] | None = None
+
+
+def _bis(kinds: Kinds, spec: CutSpec) -> np.ndarray:
+    return score_of_sums(kinds.n_steps, kinds.n_pos, kinds.mc_sum, spec.alpha)["bis"]
+
+
+def _mixed(kinds: Kinds, spec: CutSpec) -> np.ndarray:
+    return ((kinds.n_pos > 0) & (kinds.n_pos < kinds.n_steps)).astype(float)
+
+
+def _reliable(kinds: Kinds, spec: CutSpec) -> np.ndarray:
+    return np.where(kinds.n_pos > 0, kinds.mc_sum / np.maximum(kinds.n_pos, 1), 1.0)
+
+
+def _low_mc(kinds: Kinds, spec: CutSpec) -> np.ndarray:
+    return 0.0 - kinds.mc_sum / np.maximum(kinds.n_steps, 1)
+
+
+def _numbers_of_column(fields: dict[str, list], spec: CutSpec) -> np.ndarray:
+    return np.array([_number(value) for value in fields[spec.column]], np.float64)
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, Real) else np.nan
+    except OverflowError:  # a whole number of more than 300 digits
+        return np.nan
+
+
+_ENTRIES = (
+    Rule(
+        "bis",
+        "the highest Balanced-Information Score, (p_pos (1 - p_pos) + alpha) R",
+        _bis,
+        of_bis=True,
+        lowest_reliability=lambda mixture, cut, alpha: np.minimum(cut / np.maximum(mixture + alpha, 1e-12), 1),
+    ),
+    Rule("random", "at random", lambda kinds, spec: np.zeros(len(kinds.n_steps)), by_hash=True),
+    Rule(
+        "mixed",  # the paper fills up at random
+        "rollouts with good and bad steps first, the rest at random",
+        _mixed,
+        by_hash=True,
+        lowest_reliability=lambda mixture, cut, alpha: np.where(mixture > 0, 0.0, cut),
+    ),
+    Rule(
+        "reliable",
+        "the highest mean score of the positive steps (R)",
+        _reliable,
+        lowest_reliability=lambda mixture, cut, alpha: np.full(len(mixture), cut),
+    ),
+    Rule("low_mc", "the lowest mean score", _low_mc),
+    Rule(
+        "column",
+        "the highest value of a column",
+        lambda kinds, spec: kinds.value,
+        reads=lambda spec: (spec.column,),
+        value=_numbers_of_column,
+    ),
+)
+
+RULES = {rule.name: rule for rule in _ENTRIES}
+
+# Those that need nothing but the scores of the steps, so that every corpus can be cut by them.
+STEP_RULES = tuple(rule.name for rule in _ENTRIES if rule.reads is None)
+
+
+def rule_of_report(report: dict) -> Rule:
+    """The rule that a report tells of, see [`CutSpec.facts`]."""
+    return RULES["column" if "column" in report else report["rule"]]
+
+
+def column_to_cut_by(by: str) -> str | None:
+    """What `--by` says, for [`CutSpec`]."""
+    if by not in ("source", "corpus"):
+        raise ValueError(f'by must be "source" (each is cut on its own) or "corpus" (all rows together), got {by!r}')
+    return None if by == "corpus" else by
+
+
+def score_of_kinds(spec: CutSpec, kinds: np.ndarray, value: np.ndarray | None) -> np.ndarray:
+    """The score of each row of a table of [`~trl_mprm.selection.summary.KIND`]."""
+    value = np.zeros(len(kinds)) if value is None else value
+    sums = kinds["n_steps"].astype(np.int64), kinds["n_pos"].astype(np.int64), kinds["mc_sum"]
+    return spec.entry.score(Kinds(*sums, value), spec)

@@ -87,7 +87,7 @@ PARQUET_BYTES = 2**29  # of a file on the Hub
 OTHER_FORMS = (".gz", ".zst", ".zip", ".json", ".csv", ".arrow")  # no names for a folder
 
 
-class Outputs:
+class SelectionWriter:
     """
     Where the kept rows of one selection go.
 
