@@ -7,7 +7,14 @@ import pytest
 import torch
 from helpers import picture
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, Qwen2Config
+from tokenizers import Tokenizer, models, normalizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from trl_mprm import ProcessRewardModel, StepFormat
 from trl_mprm.models.loading import load_model, load_processing_class
@@ -194,6 +201,78 @@ def test_candidates_share_their_prefix(folder):
         assert scores == pytest.approx(others, abs=1e-6)
 
 
+@pytest.mark.parametrize("folder", PUBLISHED, indirect=True)
+def test_a_special_token_in_a_step_is_text(folder):
+    """It stands there letter by letter; all else, and where the steps are read, is as with a harmless word."""
+    prm = load(folder)
+    for token in ("<|im_end|>", "<|im_start|>user\n", "<extra_0>", "<prm>", "<|image_pad|>", "<|im_end|><prm>"):
+        _check_that_it_is_text(token, prm, folder[0])
+
+
+def _check_that_it_is_text(token: str, prm: ProcessRewardModel, name: str) -> None:
+    tokenizer = tokenizer_of(prm.processing_class)
+    letters = tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
+    word = "".join(chr(0x4E00 + index) for index in range(len(letters)))  # three bytes, so three tokens, a letter
+    rows = [row(name, [f"A{text}is red.", "So one."]) for text in (token, word)]
+    (forged, harmless), _ = render_rows(rows, prm.processing_class, prm.step_format)
+    shift = 3 * len(letters) - len(letters)
+    assert forged.positions == [position - shift for position in harmless.positions]
+    at = next(
+        index
+        for index, pair in enumerate(zip(forged.input_ids, harmless.input_ids, strict=False))
+        if len(set(pair)) > 1
+    )
+    assert forged.input_ids[at : at + len(letters)] == letters
+    assert forged.input_ids[at + len(letters) :] == harmless.input_ids[at + 3 * len(letters) :]
+    assert len(prm.score_batch(rows)[0]) == 2
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As that of Math-Shepherd's Mistral: two blanks join before a blank joins the marker, which is then another token."""
+    letters = ["<unk>", "<s>", "</s>", "\u2581", *map(chr, range(33, 127)), "\n", "\t", "\u00a0", "\u3000", "к", "и"]
+    vocab = {
+        piece: index for index, piece in enumerate([*letters, "\u2581\u2581", "ки", "\u2581ки", "\u2581+", "\u2581-"])
+    }
+    merges = [("\u2581", "\u2581"), ("к", "и"), ("\u2581", "ки"), ("\u2581", "+"), ("\u2581", "-")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+ENDINGS = [" ", "  ", "   ", "\n", "\n\n", " \n ", "\t", "\u00a0", "\u3000", "\u3000 ", " 5", " 5 ", "12", "."]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, indirect=True)
+def test_an_untrained_token_is_never_read(folder):
+    """Whatever a step ends in, it is read at the token at which one that ends in a full stop is read."""
+    name, _ = folder
+    prm = load(folder)
+    rows = [row(name, [f"A is red{ending}", f"So one{ending}"]) for ending in ENDINGS]
+    rendered, _ = render_rows(rows, prm.processing_class, prm.step_format)
+    read = {tokens.input_ids[position] for tokens in rendered for position in tokens.positions}
+    assert len(read) == 1 and [len(tokens.positions) for tokens in rendered] == [2] * len(ENDINGS)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_math_shepherd_reads_its_marker_in_a_tokenizer_that_joins_blanks(ending):
+    tokenizer = sentencepiece_like()
+    marker = tokenizer.convert_tokens_to_ids("\u2581ки")
+    assert tokenizer.encode("red  ки")[-1] != marker  # what the authors' code does not find
+    steps = row("math-shepherd", [f"A{ending}", f"B{ending}"])
+    (tokens,), _ = render_rows([steps], tokenizer, PUBLISHED["math-shepherd"])
+    assert [tokens.input_ids[position] for position in tokens.positions] == [marker] * 2
+    assert tokens.input_ids.count(marker) == 2
+
+
+def test_a_step_whose_end_melts_into_the_marker_is_refused():
+    tokenizer = sentencepiece_like()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), tokenizer.backend_tokenizer.normalizer]
+    )
+    with pytest.raises(ValueError, match="step 0 ends in '..u3000', which this tokenizer joins with the marker ' ки'"):
+        render_rows([row("math-shepherd", ["A\u3000", "B"])], tokenizer, PUBLISHED["math-shepherd"])
+
+
 def test_token_classification_as_trl_saved_it(tmp_path):
     tokenizer_folder = tiny_model("qwen2", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -229,8 +308,8 @@ def test_a_published_format_is_saved_like_ours(tmp_path):
 def test_bad_input(folder, tiny_folders, tmp_path):
     _, path = folder
     prm = load(folder)
-    with pytest.raises(ValueError, match="row 0: step 1 contains the special token '<extra_0>'"):
-        prm.score([], "q", ["a", "b <extra_0>"])
+    with pytest.raises(ValueError, match="row 0: the prompt contains the special token '<extra_0>'"):
+        prm.score([], "q <extra_0>", ["a", "b"])
     with pytest.raises(ValueError, match="1 images came with a text-only model"):
         prm.score([picture("red")], "q", ["a"])
     with pytest.raises(FileNotFoundError, match="has no process_reward_config.json.*name the step_format"):

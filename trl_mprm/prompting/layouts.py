@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.images import open_image
 from ..data.rows import check_steps
@@ -15,13 +15,14 @@ from .tokens import (
     ProcessingClass,
     Rendered,
     check_prompt,
+    conceal,
+    encode_text,
     encode_texts,
     errors_name_row,
     first_token,
     images_of,
     joined,
     prompt_text,
-    row_name,
     special_tokens,
     tokenizer_of,
 )
@@ -32,26 +33,27 @@ from .tokens import (
 
 def conversation_text(
     row: dict[str, Any], processing_class: ProcessingClass, step_format: StepFormat
-) -> tuple[str, list[int]]:
+) -> tuple[str, list[int], dict[str, str]]:
     """
     Lay out a row as a published checkpoint was trained on it: question and steps in one text.
 
     Returns:
-        `tuple[str, list[int]]`: the text, with the processor's placeholder for each image, and for each step the
-        length of the text up to where it is read.
+        `tuple[str, list[int], dict[str, str]]`: the text, with the processor's placeholder for each image; for each
+        step the length of the text up to where it is read; and the private characters that stand in it for what looks
+        like a special token within a step, see [`~tokens.conceal`].
 
     Raises:
-        `ValueError`: for an empty step, a special token in question or step, or images with a text-only model.
+        `ValueError`: for an empty step, a special token in the question, or images with a text-only model.
     """
     tokenizer = tokenizer_of(processing_class)
     check_steps(row["completions"])
     forbidden = special_tokens(tokenizer)
     check_prompt(row["prompt"], forbidden)
-    for number, step in enumerate(row["completions"]):
-        found = [token for token in forbidden if token in step]
-        if found:
-            raise ValueError(f"step {number} contains the special token {found[0]!r}: remove it")
-    marked = [step + step_format.marker for step in row["completions"]]
+    completions, hidden = conceal(row["completions"], forbidden)
+    if step_format.marker.startswith(" "):
+        # Blanks before this marker join with its own to a token that its authors' code does not find, nor was trained.
+        completions = [step.rstrip(" ") for step in completions]
+    marked = [step + step_format.marker for step in completions]
     steps = step_format.joiner.join(marked)
     images = len(images_of(row))
     if images and not isinstance(processing_class, ProcessorMixin):
@@ -64,14 +66,14 @@ def conversation_text(
         "<image>": placeholder * images,
         "{question}": prompt_text(row["prompt"]),
         "{steps}": steps,
-        "{step}": row["completions"][0],
+        "{step}": completions[0],
     }
     fields = re.compile("|".join(map(re.escape, values)))
     messages = [
         (role, fields.sub(lambda match: values[match.group()], template)) for role, template in step_format.messages
     ]
     if step_format.answer is not None:
-        return _turns_text(messages, row["completions"], processing_class, step_format.answer)
+        return *_turns_text(messages, completions, processing_class, step_format.answer), hidden
     if not messages[0][0]:
         text = "".join(content for _, content in messages)
     else:
@@ -82,7 +84,8 @@ def conversation_text(
             "the chat template of this model changes the text of the steps: strip white space around them"
         )
     lengths = [len(step) + len(step_format.joiner) for step in marked]
-    return text, [start + sum(lengths[: number + 1]) - len(step_format.joiner) for number in range(len(marked))]
+    ends = [start + sum(lengths[: number + 1]) - len(step_format.joiner) for number in range(len(marked))]
+    return text, ends, hidden
 
 
 def _turns_text(
@@ -150,14 +153,15 @@ def render_texts(
     all of them or the first for all.
     """
     tokenizer = tokenizer_of(processing_class)
-    texts, cuts, ends = [], [], []
+    texts, cuts, ends, concealed = [], [], [], []
     for index, row in enumerate(rows):
         with errors_name_row(row, index):
-            text, row_ends = conversation_text(row, processing_class, step_format)
+            text, row_ends, hidden = conversation_text(row, processing_class, step_format)
         token = processing_class.image_token if images_of(row) else ""
         texts.append(text)
         cuts.append(text.rindex(token) + len(token) if token else 0)
         ends.append(row_ends)
+        concealed.append(hidden)
     images = []
     for index, row in enumerate(prompts):
         with errors_name_row(row, index):
@@ -165,25 +169,40 @@ def render_texts(
     heads = [text[:cut] for text, cut in zip(texts, cuts, strict=True)][: len(prompts)]
     with errors_name_row(prompts[0], 0) if len(prompts) == 1 else nullcontext():
         prefixes, image_tensors = encode_texts(heads, images, processing_class, special=False)
-    plain = not step_format.messages[0][0]
+    first = [] if step_format.messages[0][0] else first_token(tokenizer)  # a chat template writes its own
     rendered = []
-    for index, (row, text, cut, row_ends) in enumerate(zip(rows, texts, cuts, ends, strict=True)):
+    for index, (row, text, cut, row_ends, hidden) in enumerate(zip(rows, texts, cuts, ends, concealed, strict=True)):
         # The last image token goes before the rest again: some tokenizers treat the beginning of a text in its own way.
         token = processing_class.image_token if cut else ""
-
-        def tokens(end: int | None, token: str = token, text: str = text, cut: int = cut) -> list[int]:
-            return tokenizer.encode(token + text[cut:end], add_special_tokens=False)[bool(token) :]
-
-        first = first_token(tokenizer) if plain else []
-        rest = first + tokens(None)
-        positions = []
-        for number, end in enumerate(row_ends):
-            part = first + tokens(end)
-            if rest[: len(part)] != part:
-                raise ValueError(
-                    f"{row_name(row, index)}: the marker of step {number} melts into its neighbours in this "
-                    "tokenizer: is this the format of this checkpoint?"
-                )
-            positions.append(len(part) - 1)
-        rendered.append(joined(prefixes[min(index, len(prompts) - 1)], rest, positions))
+        with errors_name_row(row, index):
+            rest, positions = _tokens_and_positions(
+                tokenizer, token + text[cut:], [len(token) + end - cut for end in row_ends], hidden, step_format.marker
+            )
+        rest, positions = rest[bool(token) :], [position - bool(token) for position in positions]
+        positions = [len(first) + position for position in positions]
+        rendered.append(joined(prefixes[min(index, len(prompts) - 1)], first + rest, positions))
     return rendered, image_tensors
+
+
+def _tokens_and_positions(
+    tokenizer: PreTrainedTokenizerBase, text: str, ends: Sequence[int], hidden: dict[str, str], marker: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of `text`, and the place of the last token before each of `ends`, where a step is read."""
+    ids = encode_text(tokenizer, text, hidden)
+    trained = tokenizer.encode("." + marker, add_special_tokens=False)[-1] if marker else None
+    positions = []
+    for number, end in enumerate(ends):
+        part = encode_text(tokenizer, text[:end], hidden)
+        if ids[: len(part)] != part:
+            raise ValueError(
+                f"the marker of step {number} melts into its neighbours in this tokenizer: is this the format of this "
+                "checkpoint?"
+            )
+        if marker and part[-1] != trained:
+            ending = text[: end - len(marker)][-2:]
+            raise ValueError(
+                f"step {number} ends in {ending!r}, which this tokenizer joins with the marker {marker!r} into a token "
+                "that was not trained: remove what the step ends in"
+            )
+        positions.append(len(part) - 1)
+    return ids, positions

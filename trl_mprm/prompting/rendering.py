@@ -34,6 +34,7 @@ from .tokens import (
     errors_name_row,
     images_of,
     joined,
+    row_name,
     special_tokens,
     texts_of,
     tokenizer_of,
@@ -126,17 +127,25 @@ def render_rows(
     prompts = rows[:1] if same_prompt else rows
     messages = step_format.messages
     if messages is not None and any("{step" in text for _, text in messages):
-        return render_texts(rows, prompts, processing_class, step_format)
-    if messages is None:
-        prefixes, image_tensors = render_prefixes(prompts, processing_class)
+        rendered, image_tensors = render_texts(rows, prompts, processing_class, step_format)
     else:
-        prefixes, image_tensors = render_plain_prefixes(prompts, processing_class, messages), {}
-    rendered = []
-    for index, row in enumerate(rows):
-        prefix = prefixes[0 if same_prompt else index]
-        with errors_name_row(row, index):
-            tokens, positions = render_steps(row["completions"], tokenizer, ids)
-        rendered.append(joined(prefix, tokens, positions))
+        if messages is None:
+            prefixes, image_tensors = render_prefixes(prompts, processing_class)
+        else:
+            prefixes, image_tensors = render_plain_prefixes(prompts, processing_class, messages), {}
+        rendered = []
+        for index, row in enumerate(rows):
+            prefix = prefixes[0 if same_prompt else index]
+            with errors_name_row(row, index):
+                tokens, positions = render_steps(row["completions"], tokenizer, ids)
+            rendered.append(joined(prefix, tokens, positions))
+    if len(ids.marker) == 1 and ids.marker[0] in tokenizer.added_tokens_decoder:
+        for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
+            if (found := tokens.input_ids.count(ids.marker[0])) != len(tokens.positions):
+                raise ValueError(
+                    f"{row_name(row, index)}: {found} markers came out for {len(tokens.positions)} steps: the question "
+                    f"or the chat template writes {step_format.marker!r}, remove it there"
+                )
     return rendered, image_tensors
 
 

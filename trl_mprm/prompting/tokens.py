@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -59,6 +60,52 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
+def conceal(texts: Sequence[str], tokens: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """
+    Put a private character for whatever looks like one of `tokens`, so that it stays text in a text tokenised whole.
+
+    Returns:
+        `tuple[list[str], dict[str, str]]`: the texts, and what each private character stands for, as [`encode_text`]
+        takes it.
+    """
+    found = [token for token in sorted(tokens, key=len, reverse=True) if any(token in text for text in texts)]
+    if not found:
+        return list(texts), {}
+    used = set("".join(texts))
+    private = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    hidden = {token: next(private) for token in found}
+    pattern = re.compile("|".join(map(re.escape, found)))
+    concealed = [pattern.sub(lambda match: hidden[match.group()], text) for text in texts]
+    return concealed, {character: token for token, character in hidden.items()}
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, hidden: dict[str, str]) -> list[int]:
+    """
+    Tokenise a text whole; what [`conceal`] has hidden in it is text, though it looks like a special token.
+
+    Raises `ValueError` where this tokenizer does not read the text between two special tokens on its own.
+    """
+    if not any(character in text for character in hidden):
+        return tokenizer.encode(text, add_special_tokens=False)
+    bare = "".join(character for character in text if character not in hidden)
+    if _encode_between(tokenizer, bare, {}) != tokenizer.encode(bare, add_special_tokens=False):
+        token = next(token for character, token in hidden.items() if character in text)
+        raise ValueError(f"a step contains the special token {token!r}, and this tokenizer cannot split it: remove it")
+    return _encode_between(tokenizer, text, hidden)
+
+
+def _encode_between(tokenizer: PreTrainedTokenizerBase, text: str, hidden: dict[str, str]) -> list[int]:
+    special = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    ids: list[int] = []
+    for number, piece in enumerate(re.split(f"({'|'.join(map(re.escape, special))})", text)):
+        if number % 2:
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+        else:
+            text = piece.translate(str.maketrans(hidden))
+            ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=text != piece)
+    return ids
+
+
 def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     if not isinstance(prompt, str | list):
         raise ValueError(f"`prompt` is {prompt!r:.60}, expected the question, or a list of chat messages")
@@ -66,11 +113,19 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -> None:
-    """Raise `ValueError` where a question is not Unicode or contains one of the tokens `forbidden`."""
+    """
+    Raise `ValueError` where a question is not Unicode or contains one of the tokens `forbidden`.
+
+    The parts of a message, and messages, are looked at as a chat template may join them: with nothing between. Roles
+    and all other texts of a message count too, for a template may write them.
+    """
     text = prompt_text(prompt)
     check_unicode("the prompt", text)
+    texts = [text]
+    if not isinstance(prompt, str):
+        texts = ["".join(texts_of(prompt)), *(text for message in prompt for text in _strings(message))]
     for token in forbidden:
-        if token in text:
+        if any(token in text for text in texts):
             raise ValueError(
                 f"the prompt contains the special token {token!r}: remove it "
                 "(images come from `images`, before the question)"
@@ -79,10 +134,30 @@ def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -
 
 def texts_of(messages: list[dict[str, Any]]) -> list[str]:
     """All texts in a conversation, whether contents are text or lists of parts."""
-    contents = [message["content"] for message in messages]
-    parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
-    texts = [part if isinstance(part, str) else part.get("text") for part in parts]
+    texts = []
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str | list):
+            raise ValueError(f"message {number} is {message!r:.60}, expected a role, and text or parts as content")
+        for part in [content] if isinstance(content, str) else content:
+            text = part.get("text") if isinstance(part, dict) else part
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"message {number} has the part {part!r:.60}, expected text or an image")
+            texts.append(text)
     return [text for text in texts if text is not None]  # a column of parts has `text: None` for an image
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every text within a message, at any depth, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
 
 
 def encode_texts(
