@@ -1,10 +1,10 @@
-"""`trl-mprm select | train | score | evaluate | card | convert | demo`: arguments in, the library works, one table out."""
+"""`trl-mprm select | train | score | evaluate | serve | export | card | convert | demo`: arguments in, the library works, one table out."""
 
 import argparse
 import logging
 import sys
 
-from . import card, convert, demo, evaluate, score, select, train
+from . import card, convert, demo, evaluate, score, select, serve, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,11 +37,11 @@ def _parser() -> argparse.ArgumentParser:
         "trl-mprm", description="Multimodal process reward models on the Hugging Face stack"
     )
     commands = parser.add_subparsers(
-        required=True, metavar="select | train | score | evaluate | card | convert | demo"
+        required=True, metavar="select | train | score | evaluate | serve | export | card | convert | demo"
     )
     select.add_parser(commands)
     train_help = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
     commands.add_parser("train", help=train_help)  # shown in the help; main() hands the arguments to TrlParser
-    for command in (score, evaluate, card, convert, demo):
+    for command in (score, evaluate, serve, card, convert, demo):
         command.add_parser(commands)
     return parser
