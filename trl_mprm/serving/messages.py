@@ -17,7 +17,8 @@ from typing import Any
 
 from ..data.images import open_image
 from ..prompting.step_format import StepFormat
-from ..prompting.tokens import check_steps, images_of
+from ..data.rows import check_steps
+from ..prompting.tokens import images_of
 
 
 TASK = "token_classify"

@@ -32,7 +32,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, Field
 
 from ..data.aggregates import AGGREGATES
-from ..data.images import ImageFinder, ImageRefused, check_image
+from ..data.images import ImageFinder, check_image
+from ..data.rows import Refused
 from ..data.splitting import split_steps
 from ..prompting.tokens import tokenizer_of
 from ..scoring import ProcessRewardModel
@@ -90,7 +91,7 @@ class Pictures:
         else:
             try:
                 found = self.finder.find(name)
-            except ImageRefused as refused:
+            except Refused as refused:
                 raise ValueError(
                     f"an image cannot be used ({refused.reason}): name a whole picture in the image root"
                 ) from None
@@ -128,7 +129,7 @@ class Pictures:
     def _check(self, data: bytes) -> None:
         try:
             check_image(io.BytesIO(data))
-        except ImageRefused as refused:
+        except Refused as refused:
             raise ValueError(f"an image is {refused}") from None
         width, height = Image.open(io.BytesIO(data)).size
         if width * height > self.limits.image_pixels:
