@@ -16,8 +16,8 @@ import io
 from typing import Any
 
 from ..data.images import open_image
-from ..prompting.step_format import StepFormat
 from ..data.rows import check_steps
+from ..prompting.step_format import StepFormat
 from ..prompting.tokens import images_of
 
 
