@@ -19,11 +19,12 @@ from PIL import Image
 from trl_mprm import ProcessRewardModel
 from trl_mprm.cards.model_card import add_eval_results
 from trl_mprm.cli import main
-from trl_mprm.evaluation.benchmarks import Benchmark, read_benchmark
+from trl_mprm.evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkEntry, read_benchmark
 from trl_mprm.evaluation.metrics import best_of_n_metrics, prmbench_scores, step_metrics
 from trl_mprm.evaluation.published_results import TABLES, VISUALPROCESSBENCH_STEPS
+from trl_mprm.evaluation.report import results_markdown, write_report
 from trl_mprm.evaluation.run import compare_models, evaluate_model, recompute_metrics, score_items
-from trl_mprm.evaluation.tables import results_markdown, table_rows, write_report
+from trl_mprm.evaluation.tables import table_rows
 from trl_mprm.models.loading import add_marker, load_model, load_processing_class
 from trl_mprm.prompting.step_format import StepFormat
 
@@ -709,3 +710,27 @@ def test_two_models_are_compared_on_what_both_scored(folder):  # noqa: F811
     (folder / "other" / "scores.jsonl").write_text(lines.replace('"DynaMath:', '"X:').replace('"WeMath:', '"X:'))
     with pytest.raises(ValueError, match="no item of .* is in"):
         compare_models(folder / "one" / "scores.jsonl", folder / "other" / "scores.jsonl")
+
+
+# ---- a benchmark of one's own
+
+
+def test_a_new_benchmark_is_one_entry(tmp_path, monkeypatch, capsys):
+    def read(record, stem, index, finder, quirks):
+        steps, labels = record["solution"], [1 if good else -1 for good in record["good"]]
+        item = {"id": str(index), "images": [], "prompt": record["task"], "completions": steps, "labels": labels}
+        return [item | {"source": stem, "group": record["task"]}]
+
+    entry = BenchmarkEntry("Riddles", read, headlines=("auc", "brier"), files=("riddles.jsonl",))
+    monkeypatch.setitem(BENCHMARKS, "riddles", entry)
+    rows = [{"task": f"{number}?", "solution": ["good", "bad"], "good": [True, number > 0]} for number in range(4)]
+    (tmp_path / "riddles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = read_benchmark(tmp_path, name="riddles")
+    results = evaluate_model(MODEL, benchmark, benchmark.entry.threshold, output_dir=tmp_path / "out")
+    assert (results["n_solutions"], results["n_incorrect"], results["threshold"]) == (4, 1, 0.5)
+    markdown, page = (path.read_text() for path in write_report(tmp_path / "out", benchmark, "tiny"))
+    assert "# tiny on Riddles" in markdown and "## Beside" not in markdown
+    assert page.index("<dt>AUC</dt>") < page.index("<dt>Brier score</dt>") and "macro-F1, pooled" not in page
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "best-of-n,riddles}" in capsys.readouterr().out.replace("\n", "").replace(" ", "")

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..evaluation.benchmarks import BENCHMARKS, load_benchmark
 from .arguments import ShowDefaults, add_model_arguments, load_prm, positive, print_table
 
 
@@ -14,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--benchmark",
         default="visualprocessbench",
-        choices=["visualprocessbench", "processbench", "prmbench", "best-of-n"],
+        choices=list(BENCHMARKS),
         help="format of the data, and the dataset on the Hub unless --data names another",
     )
     command.add_argument("--data", help="file, folder or Hub id; default: the published dataset of --benchmark")
@@ -44,9 +45,8 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from ..cards.model_card import add_eval_results
     from ..data.hub import public_name
-    from ..evaluation.benchmarks import BENCHMARKS, load_benchmark
+    from ..evaluation.report import write_report
     from ..evaluation.run import evaluate_model
-    from ..evaluation.tables import measure_rows, table_rows, write_report
 
     if args.model is None:
         raise ValueError("no model to evaluate: name a Hub id or folder with --model")
@@ -58,14 +58,13 @@ def evaluate(args: argparse.Namespace) -> int:
     state = PartialState(timeout=timedelta(days=1))  # a process waits as long as another downloads or scores
     with state.main_process_first():  # one download for all processes
         benchmark = load_benchmark(args.benchmark, args.data, args.image_root)
-    threshold = BENCHMARKS[args.benchmark].threshold if args.threshold is None else args.threshold
+    threshold = benchmark.entry.threshold if args.threshold is None else args.threshold
     prm = load_prm(args, "auto" if state.num_processes == 1 else {"": state.device})
     metrics = evaluate_model(prm, benchmark, threshold, args.batch_size, args.output)
     if state.is_main_process:
-        if "pass_at_n" not in metrics:
-            print_table(table_rows(metrics))
+        for table in benchmark.entry.task.tables:
+            print_table(table(metrics))
             print()
-        print_table(measure_rows(metrics))
         for reason, count in metrics["benchmark"]["refused"].items():
             print(f"refused: {count} {reason}")
         for item in metrics["benchmark"]["failed"]:

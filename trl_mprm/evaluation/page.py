@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..cards.measures import MEASURES
 from ..data.aggregates import AGGREGATES
 from ..pages import colour, render_page
 from ..text import plain
 from .benchmarks import Benchmark
 from .step_counts import CALIBRATION_BINS, calibration_bins
+from .tasks import Task
 
 
 MAX_CARDS = 60
@@ -75,15 +77,20 @@ def evaluation_page(
         half drawn by a hash of their name. Pictures are thumbnails within the file.
     """
     items = {item["id"]: item for item in benchmark.items}
+    task = benchmark.entry.task
     scored = [record for record in records if record["scores"] is not None]
-    threshold = None if "pass_at_n" in results else _threshold(results)
-    cards = _cards([(items[record["id"]], record) for record in scored], threshold)
+    threshold = _threshold(results) if task.labelled else None
+    cards = _cards([(items[record["id"]], record) for record in scored], task, threshold)
     return render_page(
         "evaluation.html",
         model=model_name,
         title=benchmark.title,
+        summary=task.summary(results),
         report=results["benchmark"],
         results=results,
+        headlines={key: MEASURES[key] for key in benchmark.entry.headlines},
+        columns=task.source_columns,
+        barred=next(key for _, key in task.source_columns if not key.startswith("n_")),
         threshold=threshold,
         sources=list(results["sources"].items()),
         calibration=None if threshold is None else _calibration(scored),
@@ -92,7 +99,7 @@ def evaluation_page(
         shown_verdicts=[name for name in VERDICTS if any(name in card["verdicts"] for card in cards)],
         verdicts=VERDICTS,
         good_verdicts=GOOD_VERDICTS,
-        n_questions=len({(record["source"], _question(record)) for record in scored}),
+        n_questions=len({(record["source"], record[task.card_of]) for record in scored}),
         max_listed=MAX_LISTED,
     )
 
@@ -103,44 +110,29 @@ def _threshold(results: dict[str, Any]) -> float:
     return median(threshold) if isinstance(threshold, list) else threshold
 
 
-def _question(record: dict[str, Any]) -> str:
-    """Candidates of best-of-N share a card; other solutions have one each."""
-    return record["group"] if "correct" in record else record["id"]
-
-
-def _cards(pairs: list[tuple[dict, dict]], threshold: float | None) -> list[dict[str, Any]]:
+def _cards(pairs: list[tuple[dict, dict]], task: Task, threshold: float | None) -> list[dict[str, Any]]:
     questions: dict[str, dict[str, list[tuple[dict, dict]]]] = {}
     for item, record in pairs:
-        questions.setdefault(record["source"], {}).setdefault(_question(record), []).append((item, record))
+        questions.setdefault(record["source"], {}).setdefault(record[task.card_of], []).append((item, record))
     each = max(1, MAX_CARDS // max(1, len(questions)))
     cards = []
     for source in sorted(questions):
-        worst = sorted(questions[source], key=lambda name: -_misjudged(questions[source][name]))[: each // 2]
+        distance = {
+            name: sum(task.misjudged(record) for _, record in own) / len(own)
+            for name, own in questions[source].items()
+        }
+        worst = sorted(distance, key=lambda name: -distance[name])[: each // 2]
         rest = [name for name in questions[source] if name not in worst]
         drawn = sorted(rest, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[: each - len(worst)]
         for name in [*worst, *drawn]:
-            cards.append(_card(questions[source][name], name in worst, threshold))
+            cards.append(_card(questions[source][name], name in worst, task, threshold))
     return cards[:MAX_CARDS]
 
 
-def _misjudged(pairs: list[tuple[dict, dict]]) -> float:
-    """Mean distance of scores from labels; of best-of-N, of the mean score from the correctness of the answer."""
-    distances = []
-    for _, record in pairs:
-        if "correct" in record:
-            distances.append(abs(AGGREGATES["mean"](record["scores"]) - record["correct"]))
-        else:
-            steps = zip(record["labels"], record["scores"], strict=True)
-            own = [abs((label == 1) - score) for label, score in steps if label != 0]
-            distances.append(sum(own) / len(own) if own else 0.0)
-    return sum(distances) / len(distances)
-
-
-def _card(pairs: list[tuple[dict, dict]], worst: bool, threshold: float | None) -> dict[str, Any]:
-    if "correct" in pairs[0][1]:
-        pairs = sorted(pairs, key=lambda pair: -AGGREGATES["mean"](pair[1]["scores"]))
+def _card(pairs: list[tuple[dict, dict]], worst: bool, task: Task, threshold: float | None) -> dict[str, Any]:
     item = pairs[0][0]
-    solutions = [_solution(own, record, threshold) for own, record in pairs]
+    solutions = [_solution(own, record, task, threshold) for own, record in pairs]
+    solutions = sorted(solutions, key=lambda solution: -solution["mean"])
     return {
         "name": plain(item["id"] if len(pairs) == 1 else item["group"], MAX_TEXT),
         "source": item["source"],
@@ -155,7 +147,7 @@ def _card(pairs: list[tuple[dict, dict]], worst: bool, threshold: float | None) 
     }
 
 
-def _solution(item: dict[str, Any], record: dict[str, Any], threshold: float | None) -> dict[str, Any]:
+def _solution(item: dict[str, Any], record: dict[str, Any], task: Task, threshold: float | None) -> dict[str, Any]:
     labels, scores = record["labels"], record["scores"]
     wrong = [index for index, label in enumerate(labels) if label == -1]
     below = [index for index, score in enumerate(scores) if threshold is not None and score < threshold]
@@ -173,19 +165,9 @@ def _solution(item: dict[str, Any], record: dict[str, Any], threshold: float | N
     return {
         "steps": steps[:MAX_STEPS],
         "more_steps": max(0, len(steps) - MAX_STEPS),
-        "verdict": _verdict(record, wrong, [index for index in below if labels[index] != 0]),
+        "verdict": task.verdict(record, [index for index in below if labels[index] != 0]),
         "mean": AGGREGATES["mean"](scores),
     }
-
-
-def _verdict(record: dict[str, Any], wrong: list[int], below: list[int]) -> str:
-    if "correct" in record:
-        return "correct" if record["correct"] else "wrong"
-    if not wrong:
-        return "false" if below else "clean"
-    if not below:
-        return "missed"
-    return "found" if below[0] == wrong[0] else "other"
 
 
 def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ ReasonEval-34B            60.5 54.8 48.1 66.4 60.3 57.8 67.5 57.7 64.3 97.2
 """
 
 TABLES = {
-    "visualprocessbench": [
+    "visualprocessbench": (
         PublishedTable(
             source="Training Data Efficiency in Multimodal Process Reward Models, arXiv 2602.04145, Tables 2, 4, 5",
             convention="mean over sources of macro-F1, weighted by steps; printed there as micro-F1",
@@ -160,8 +160,8 @@ TABLES = {
             rows=_parse(_VISUALPRM_PAPER, 5),
             decimals=1,
         ),
-    ],
-    "prmbench": [
+    ),
+    "prmbench": (
         PublishedTable(
             source="README of PRMBench, github.com/ssmisya/PRMBench, and arXiv 2501.03124",
             convention="PRMScore: half the F1 of correct, half the F1 of incorrect steps, all steps together; "
@@ -176,5 +176,5 @@ TABLES = {
             rows=_parse(_PRMBENCH_README, 9),
             decimals=1,
         ),
-    ],
+    ),
 }

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from ..files import atomic_output, write_json
 from ..scoring import ProcessRewardModel
 from .benchmarks import Benchmark, read_benchmark
-from .metrics import best_of_n_metrics, paired_bootstrap, prmbench_scores, step_metrics
+from .metrics import paired_bootstrap
+from .tasks import task_of
 
 
 KEPT_COLUMNS = ("id", "source", "group", "policy_model", "labels", "correct")
@@ -65,8 +66,8 @@ def evaluate_model(
 
     Returns:
         `dict`: the metrics of [`~metrics.step_metrics`], or of [`~metrics.best_of_n_metrics`] for best-of-N, and under
-        `"benchmark"` what was read, refused and peculiar, and the items that `failed`, each with its error. PRMBench
-        adds its own scores under `"prmbench"`.
+        `"benchmark"` what was read, refused and peculiar, and the items that `failed`, each with its error. A benchmark
+        with scores of its own has them under its name (`"prmbench"`).
 
     Raises:
         `ValueError`: no item could be scored, or see [`read_benchmark`] and [`~metrics.step_metrics`].
@@ -76,9 +77,9 @@ def evaluate_model(
     from ..scoring import ProcessRewardModel
 
     benchmark = benchmark if isinstance(benchmark, Benchmark) else read_benchmark(benchmark)
-    items = benchmark.items
+    items, task = benchmark.items, benchmark.entry.task
     # A dry run with scores of 0.5: what cannot be measured fails here, not after hours of scoring.
-    measure([{**item, "scores": [0.5] * len(item["labels"])} for item in items], threshold, n_resamples=0)
+    task.measure([{**item, "scores": [0.5] * len(item["labels"])} for item in items], threshold, n_resamples=0)
     if isinstance(model, ProcessRewardModel) and not model.reads_images and all(item["images"] for item in items):
         raise ValueError(
             f"all {len(items)} items have images, and this model, or its step_format, reads none: "
@@ -94,9 +95,9 @@ def evaluate_model(
             if len(failed) == len(items):
                 raise ValueError(f"none of {len(items)} items could be scored; first, {first}")
             warnings.warn(f"{len(failed)} of {len(items)} items could not be scored; first, {first}", stacklevel=2)
-        results = {**measure(records, threshold), "benchmark": {**benchmark.report, "failed": failed}}
-        if benchmark.name == "prmbench":
-            results["prmbench"] = prmbench_scores(results)
+        results = {**task.measure(records, threshold), "benchmark": {**benchmark.report, "failed": failed}}
+        if benchmark.entry.own_scores is not None:
+            results[benchmark.name] = benchmark.entry.own_scores(results)
         if folder is not None:
             with atomic_output(folder / "scores.jsonl") as part:
                 part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -230,7 +231,8 @@ def _fingerprint(model: "ProcessRewardModel", items: Sequence[dict[str, Any]], b
 
 def recompute_metrics(scores_file: str | os.PathLike, threshold: float | str = "held_out") -> dict[str, Any]:
     """Measure a `scores.jsonl` of [`evaluate_model`] again, without a model, with any threshold."""
-    return measure(read_scores(scores_file), threshold)
+    records = read_scores(scores_file)
+    return task_of(records).measure(records, threshold)
 
 
 def read_scores(scores_file: str | os.PathLike) -> list[dict[str, Any]]:
@@ -273,15 +275,3 @@ def compare_models(
     if not pairs:
         raise ValueError(f"no item of {other_file} is in {scores_file}: expected two models on one benchmark")
     return paired_bootstrap(*zip(*pairs, strict=True), threshold=threshold)
-
-
-def measure(records: Sequence[dict[str, Any]], threshold: float | str, **kwargs: Any) -> dict[str, Any]:
-    """Measure what was scored; a question of best-of-N counts only with all of its candidates."""
-    failed = {record["group"] for record in records if record["scores"] is None}
-    if all("correct" in record for record in records):
-        records = [record for record in records if record["group"] not in failed]
-        columns = ([record[key] for record in records] for key in ("correct", "scores", "group", "source"))
-        return best_of_n_metrics(*columns, **kwargs)
-    records = [record for record in records if record["scores"] is not None]
-    columns = ([record[key] for record in records] for key in ("labels", "scores", "source", "group"))
-    return step_metrics(*columns, threshold=threshold, **kwargs)

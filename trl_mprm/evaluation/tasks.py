@@ -1,0 +1,135 @@
+"""
+What the items of a benchmark are measured by, and how that is told: by the labels of their steps, or, where candidates of a
+question are known to be right or wrong, by the candidate that the scores rank first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.aggregates import AGGREGATES
+from .metrics import best_of_n_metrics, step_metrics
+from .tables import measure_rows, table_rows
+
+
+Record = dict[str, Any]  # a line of scores.jsonl
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    How items are measured, and how tables and page show it.
+
+    Args:
+        labelled (`bool`):
+            Whether steps have labels; then there is a threshold, and two models can be compared step by step.
+        measure (`Callable`):
+            `(records, threshold, **kwargs) -> metrics`.
+        summary (`Callable`):
+            What was measured, in words, from the metrics.
+        tables (`tuple[Callable, ...]`):
+            The tables of a result, each from the metrics.
+        source_columns (`tuple[tuple[str, str], ...]`):
+            Of the page's table of sources: heading and key of each column; the first share of them is drawn as a bar.
+        card_of (`str`):
+            The key of a record that a card of the page stands for.
+        misjudged (`Callable`):
+            How far the scores of a record are from the truth.
+        verdict (`Callable`):
+            The verdict on a record, a key of the page's `VERDICTS`: `(record, labelled steps below the threshold)`.
+    """
+
+    labelled: bool
+    measure: Callable[..., dict[str, Any]]
+    summary: Callable[[dict[str, Any]], str]
+    tables: tuple[Callable[[dict[str, Any]], list[list[str]]], ...]
+    source_columns: tuple[tuple[str, str], ...]
+    card_of: str
+    misjudged: Callable[[Record], float]
+    verdict: Callable[[Record, list[int]], str]
+
+
+def task_of(records: Sequence[Record]) -> Task:
+    """The task that records belong to: those of best-of-N say whether an answer is correct."""
+    return BEST_OF_N if all("correct" in record for record in records) else STEP_CORRECTNESS
+
+
+# ---- labels of steps
+
+
+def _measure_steps(records: Sequence[Record], threshold: float | str, **kwargs: Any) -> dict[str, Any]:
+    scored = [record for record in records if record["scores"] is not None]
+    columns = ([record[key] for record in scored] for key in ("labels", "scores", "source", "group"))
+    return step_metrics(*columns, threshold=threshold, **kwargs)
+
+
+def _distance_of_steps(record: Record) -> float:
+    """Mean distance of scores from labels."""
+    steps = zip(record["labels"], record["scores"], strict=True)
+    distances = [abs((label == 1) - score) for label, score in steps if label != 0]
+    return sum(distances) / len(distances) if distances else 0.0
+
+
+def _verdict_on_steps(record: Record, below: list[int]) -> str:
+    if -1 not in record["labels"]:
+        return "false" if below else "clean"
+    if not below:
+        return "missed"
+    return "found" if below[0] == record["labels"].index(-1) else "other"
+
+
+STEP_CORRECTNESS = Task(
+    labelled=True,
+    measure=_measure_steps,
+    summary=lambda metrics: f"{metrics['n_solutions']:,} solutions, {metrics['n_steps']:,} labelled steps",
+    tables=(table_rows, measure_rows),
+    source_columns=(
+        ("solutions", "n_solutions"),
+        ("steps", "n_steps"),
+        ("incorrect", "n_incorrect"),
+        ("macro-F1", "macro_f1"),
+        ("F1 correct", "f1_correct"),
+        ("F1 incorrect", "f1_incorrect"),
+        ("AUC", "auc"),
+        ("first error", "first_error_accuracy"),
+    ),
+    card_of="id",
+    misjudged=_distance_of_steps,
+    verdict=_verdict_on_steps,
+)
+
+
+# ---- candidates that are right or wrong
+
+
+def _measure_choice(records: Sequence[Record], threshold: float | str, **kwargs: Any) -> dict[str, Any]:
+    """A question counts only with all of its candidates: its best is not known otherwise. There is no threshold."""
+    failed = {record["group"] for record in records if record["scores"] is None}
+    whole = [record for record in records if record["group"] not in failed]
+    columns = ([record[key] for record in whole] for key in ("correct", "scores", "group", "source"))
+    return best_of_n_metrics(*columns, **kwargs)
+
+
+def _candidates(metrics: dict[str, Any]) -> str:
+    fewest, most = metrics["n_candidates"]
+    return f"{metrics['n_questions']:,} questions with {most if fewest == most else f'{fewest} to {most}'} candidates each"
+
+
+BEST_OF_N = Task(
+    labelled=False,
+    measure=_measure_choice,
+    summary=_candidates,
+    tables=(measure_rows,),
+    source_columns=(
+        ("questions", "n_questions"),
+        ("by mean", "accuracy_mean"),
+        ("by min", "accuracy_min"),
+        ("by product", "accuracy_product"),
+        ("by last", "accuracy_last"),
+        ("blind", "pass_at_1"),
+        ("perfect", "pass_at_n"),
+    ),
+    card_of="group",
+    misjudged=lambda record: abs(AGGREGATES["mean"](record["scores"]) - record["correct"]),
+    verdict=lambda record, below: "correct" if record["correct"] else "wrong",
+)
