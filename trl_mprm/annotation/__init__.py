@@ -1,0 +1,1 @@
+"""Step labels for your own rollouts, by Monte Carlo."""

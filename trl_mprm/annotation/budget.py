@@ -1,0 +1,266 @@
+"""
+Which draws can still change a selection by BIS: a race of rollouts, with exact bounds or likely ones.
+
+A rollout of three steps, N = 16 draws a step planned, alpha 0.2; so far
+
+    step   right  measured  left     score at the end
+    1      4      4         12       4/16 to 16/16, positive for sure
+    2      3      4         12       3/16 to 15/16, positive for sure
+    3      0      4         12       0, or positive and at most 12/16
+
+    all positive:  (1 * 0 + 0.2) * mean(1, 15/16, 12/16)      = 0.179
+    step 3 is 0:   (2/3 * 1/3 + 0.2) * mean(1, 15/16)         = 0.409    its BIS after all draws is at most this
+
+The rollout with the highest bound is drawn on; ties go to the one that stands first. A source's race is over when its
+quota of finished rollouts beats the bounds of all others: these would have been kept with all draws too. Every kept
+rollout has all N draws of every step, so its scores are those of a full N and no stopping rule has touched them.
+"""
+
+import heapq
+from bisect import insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass
+class Tally:
+    """
+    The draws of one rollout, by step: `asked` of `n` were drawn, `measured` of them ended by themselves, `right` of
+    those reached the answer.
+    """
+
+    n: int
+    right: list[int]
+    measured: list[int]
+    asked: list[int]
+
+    @classmethod
+    def new(cls, n_steps: int, n: int) -> "Tally":
+        return cls(n, [0] * n_steps, [0] * n_steps, [0] * n_steps)
+
+    def add(self, step: int, outcomes: Sequence[bool | None]) -> None:
+        """Add draws of a step: right, wrong, or None where a draw was lost."""
+        self.asked[step] += len(outcomes)
+        self.measured[step] += sum(outcome is not None for outcome in outcomes)
+        self.right[step] += sum(outcome is True for outcome in outcomes)
+
+    @property
+    def finished(self) -> bool:
+        return all(asked == self.n for asked in self.asked)
+
+    @property
+    def known(self) -> bool:
+        """Whether a selection can use the rollout: at least one step is measured."""
+        return any(self.measured)
+
+    def scores(self) -> list[float | None]:
+        """The Monte Carlo score of each step; None where no draw was measured."""
+        return [right / of if of else None for right, of in zip(self.right, self.measured, strict=True)]
+
+
+def bis(n_steps: int, n_pos: int, mc_sum: float, alpha: float) -> float:
+    """The formula of the paper for one rollout, to the last bit as [`~selection.bis.score_of_sums`] has it."""
+    p_pos = n_pos / n_steps
+    return (p_pos * (1 - p_pos) + alpha) * (mc_sum / n_pos if n_pos else 1.0)
+
+
+def final_bis(tally: Tally, alpha: float) -> float:
+    """
+    BIS of a finished rollout, as `add_bis` gives it; -1 where nothing was measured.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.annotation.budget import Tally, final_bis
+    >>> final_bis(Tally(16, [9, 11, 11, 1, 0, 0, 0, 0], [16] * 8, [16] * 8), alpha=0.05)
+    0.15
+
+    ```
+    """
+    scores = [score for score in tally.scores() if score is not None]
+    if not scores:
+        return -1.0
+    return bis(len(scores), sum(score > 0 for score in scores), _sum(scores), alpha)
+
+
+def highest_bis(tally: Tally, alpha: float) -> float:
+    """
+    The highest BIS that a rollout can have after all draws, whatever they are; -1 where it can have none.
+
+    Exact: no outcome of the draws that are left gives more, and where no draw can be lost one outcome gives just this.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.annotation.budget import Tally, highest_bis
+    >>> round(highest_bis(Tally(16, [4, 3, 0], [4, 4, 4], [4, 4, 4]), alpha=0.2), 3)
+    0.409
+
+    ```
+    """
+    zeros, sure, maybe, unseen, whole = 0, [], [], 0, True
+    for right, measured, asked in zip(tally.right, tally.measured, tally.asked, strict=True):
+        left = tally.n - asked
+        if right:
+            sure.append((right + left) / (measured + left))
+        elif measured and left:  # 0, or positive
+            maybe.append(left / (measured + left))
+        elif measured:
+            zeros += 1
+        elif left:  # 0, positive with up to 1, or every draw is lost and it is not measured
+            unseen += 1
+    maybe.sort(reverse=True)
+    # Sums of such fractions are exact in any order; others are rounded, in an order that is not the final one.
+    whole = all((score * 2**20).is_integer() for score in (*sure, *maybe))
+    best, sum_sure = -1.0, _sum(sure)
+    for ones in range(unseen + 1):
+        for more in range(len(maybe) + 1):
+            n_pos = len(sure) + ones + more
+            total = sum_sure + ones + _sum(maybe[:more])
+            for lost in range(unseen - ones + 1):
+                n_steps = zeros + len(sure) + len(maybe) + unseen - lost
+                if n_steps:
+                    best = max(best, bis(n_steps, n_pos, total, alpha))
+    return best if whole else best * (1 + 1e-12)
+
+
+def _sum(values: Sequence[float]) -> float:
+    total = 0.0  # one after the other as `np.bincount` does; `sum` compensates in newer Pythons
+    for value in values:
+        total += value
+    return total
+
+
+# ---- likely bounds
+
+
+@lru_cache(maxsize=100_000)
+def beta_binomial(right: int, measured: int, left: int, prior: tuple[float, float]) -> np.ndarray:
+    """Probability of 0 to `left` more right draws, after `right` of `measured`, from the Beta posterior."""
+    a, b = prior[0] + right, prior[1] + measured - right
+    pmf = np.ones(left + 1)
+    for more in range(1, left + 1):
+        pmf[more] = pmf[more - 1] * (left - more + 1) / more * (a + more - 1) / (b + left - more)
+    return pmf / pmf.sum()
+
+
+def likely_bis(tally: Tally, alpha: float, error: float, prior: tuple[float, float]) -> float:
+    """
+    What the BIS of a rollout after all draws exceeds with a probability of at most `error`, by the Beta posterior.
+
+    Steps are taken as independent, and no draw that is left as lost.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.annotation.budget import Tally, likely_bis
+    >>> tally = Tally(16, [4, 3, 0], [4, 4, 4], [4, 4, 4])
+    >>> [round(likely_bis(tally, 0.2, error, (0.5, 0.5)), 3) for error in (0.0, 0.01, 0.5)]
+    [0.409, 0.409, 0.251]
+
+    ```
+    """
+    n, steps = (
+        tally.n,
+        [step for step in range(len(tally.asked)) if tally.measured[step] or tally.asked[step] < tally.n],
+    )
+    if not steps:
+        return -1.0
+    # chance[p, s]: p steps are positive, and their scores add up to s / n
+    chance = np.zeros((len(steps) + 1, len(steps) * n + 1))
+    chance[0, 0] = 1.0
+    for step in steps:
+        right, measured, left = tally.right[step], tally.measured[step], n - tally.asked[step]
+        after = np.zeros_like(chance)
+        for more, probability in enumerate(beta_binomial(right, measured, left, prior)):
+            score = -(-(right + more) * n // (measured + left))  # rounded up where draws were lost
+            if right + more == 0:
+                after += probability * chance
+            else:
+                after[1:, score:] += probability * chance[:-1, : chance.shape[1] - score]
+        chance = after
+    n_pos, total = np.nonzero(chance)
+    p_pos = n_pos / len(steps)
+    values = (p_pos * (1 - p_pos) + alpha) * np.where(n_pos, total / n / np.maximum(n_pos, 1), 1.0)
+    order = np.argsort(-values, kind="stable")
+    above = np.cumsum(chance[n_pos, total][order])
+    return float(values[order][np.searchsorted(above, error, side="right").clip(max=len(order) - 1)])
+
+
+# ---- the race
+
+
+def next_draws(tally: Tally) -> list[tuple[int, int]]:
+    """
+    The draws of a rollout that lower its bound soonest, as pairs (step, how many), in the order of the steps.
+
+    Steps that were never right are drawn first, each time as often as so far: one right draw tells that a step is
+    positive. Then the step with the lowest share of right draws.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.annotation.budget import Tally, next_draws
+    >>> next_draws(Tally.new(3, 16)), next_draws(Tally(16, [1, 0, 1], [1, 2, 1], [1, 2, 1]))
+    ([(0, 1), (1, 1), (2, 1)], [(1, 2)])
+
+    ```
+    """
+    open_steps = [step for step, asked in enumerate(tally.asked) if asked < tally.n]
+    never = [step for step in open_steps if not tally.right[step]]
+    if never:
+        return [(step, min(max(1, tally.asked[step]), tally.n - tally.asked[step])) for step in never]
+    step = min(open_steps, key=lambda step: ((tally.right[step] + 1) / (tally.measured[step] + 2), step))
+    return [(step, min(2, tally.n - tally.asked[step]))]
+
+
+@dataclass
+class Race:
+    """
+    The race of one source. Rollouts stand in file order, which decides among equal scores.
+
+    Args:
+        tallies (`list[Tally]`):
+            The draws of each rollout, changed by whoever draws.
+        fraction (`float`), alpha (`float`):
+            Of the selection: `max(1, int(m * fraction))` of the `m` rollouts with a measured step are kept.
+        bound (`Callable`):
+            What the BIS of a rollout can become after all draws: [`highest_bis`] or [`likely_bis`] of its tally.
+    """
+
+    tallies: list[Tally]
+    fraction: float
+    alpha: float
+    bound: Callable[[Tally], float]
+    finished: list[tuple[float, int]] = field(default_factory=list)
+    waiting: list[tuple[float, int]] = field(default_factory=list)
+
+    def __post_init__(self):
+        for index in range(len(self.tallies)):
+            self.put_back(index)
+
+    def put_back(self, index: int) -> None:
+        """Take note of the draws of a rollout that [`take`] gave out."""
+        tally = self.tallies[index]
+        if tally.finished:
+            insort(self.finished, (-final_bis(tally, self.alpha), index))
+        else:  # before the first measured step nobody knows whether it counts for the quota
+            heapq.heappush(self.waiting, (-self.bound(tally) if tally.known else -np.inf, index))
+
+    def take(self, limit: int) -> list[int]:
+        """At most `limit` rollouts to draw on, best first; none when the race is over."""
+        batch = []
+        while self.waiting and len(batch) < limit and not self._beaten(self.waiting[0]):
+            batch.append(heapq.heappop(self.waiting)[1])
+        return batch
+
+    def kept(self) -> list[int]:
+        """The rollouts that the selection keeps, once the race is over."""
+        valid = [key for key in self.finished if key[0] <= 0]
+        return sorted(index for _, index in valid[: self.quota])
+
+    @property
+    def quota(self) -> int:
+        return max(1, int(sum(tally.known for tally in self.tallies) * self.fraction))
+
+    def _beaten(self, key: tuple[float, int]) -> bool:
+        return len(self.finished) >= self.quota and self.finished[self.quota - 1] < key
