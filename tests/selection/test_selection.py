@@ -1,10 +1,12 @@
 import hashlib
+import inspect
 import json
 import pickle
 import random
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import fields
 
 import datasets
 import pyarrow.parquet as pq
@@ -16,9 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from trl_mprm.cli import main
+from trl_mprm.cli.train import DataArguments
 from trl_mprm.data.rollouts import FEATURES as FEATURES_OF_ROWS
 from trl_mprm.data.rollouts import load_rollouts
 from trl_mprm.selection.bis import add_bis
+from trl_mprm.selection.comparison import compare_rules
 from trl_mprm.selection.dataset_card import dataset_card
 from trl_mprm.selection.datasets import Selection, select, top_fraction
 from trl_mprm.selection.files import select_files
@@ -97,7 +101,7 @@ def test_the_whole_corpus_is_cut_as_a_full_stable_sort_cuts_it(corpus, fraction,
         return hashlib.blake2b(f"{seed}:{row['rollout_id']}".encode(), digest_size=8).digest()
 
     order = sorted(rows, key=by_hash) if ties == "hash" else rows
-    expected = naive_top(order, fraction, lambda row: bis(row["mc_scores"], 0.05), by=None)
+    expected = naive_top(order, fraction, lambda row: bis(row["mc_scores"], 0.2), by=None)
     selection = select(data, fraction=fraction, ties=ties, seed=seed, by=None)
     assert sorted(selection.kept) == sorted(expected)
     scored = data.map(add_bis, batched=True).remove_columns("source")
@@ -105,11 +109,11 @@ def test_the_whole_corpus_is_cut_as_a_full_stable_sort_cuts_it(corpus, fraction,
     # the evidence stays by source
     report, kept = selection.report, [row for row in rows if row["rollout_id"] in selection.kept]
     assert report["by"] == "corpus"
-    lowest = min((bis(row["mc_scores"], 0.05) for row in kept), default=None)
+    lowest = min((bis(row["mc_scores"], 0.2) for row in kept), default=None)
     assert report["total"]["cut_score"] == lowest
     for name, row in report["sources"].items():
-        values = [bis(s, 0.05) for source, s in corpus if source == name]
-        kept_values = [bis(r["mc_scores"], 0.05) for r in kept if r["source"] == name]
+        values = [bis(s, 0.2) for source, s in corpus if source == name]
+        kept_values = [bis(r["mc_scores"], 0.2) for r in kept if r["source"] == name]
         assert (row["read"], row["valid"]) == (len(values), len(values) - values.count(None))
         assert row["kept"] == len(kept_values) == row["valid"] - row["dropped"]
         if row["valid"]:
@@ -138,15 +142,15 @@ def test_every_rule_keeps_its_best(corpus, fraction, rule):
         return bool(0 < sum(s > 0 for s in scores[row]) < len(scores[row]))
 
     value = {
-        "bis": lambda row: bis(scores[row], 0.05),
+        "bis": lambda row: bis(scores[row], 0.2),
         "random": lambda row: 0,
         "mixed": mixed,
-        "reliable": lambda row: bis(scores[row], 0.05) / (bis([s > 0 for s in scores[row]], 0.05)),
+        "reliable": lambda row: bis(scores[row], 0.2) / (bis([s > 0 for s in scores[row]], 0.2)),
         "low_mc": lambda row: -sum(scores[row]) / len(scores[row]),
     }[rule]
     kept = set(select(data, rule, fraction=fraction).kept)
     for name in {source for source, _ in corpus}:
-        ids = [row["rollout_id"] for row in data if row["source"] == name and bis(row["mc_scores"], 0.05) is not None]
+        ids = [row["rollout_id"] for row in data if row["source"] == name and bis(row["mc_scores"], 0.2) is not None]
         inside, outside = [value(i) for i in ids if i in kept], [value(i) for i in ids if i not in kept]
         assert len(inside) == (max(1, int(len(ids) * fraction)) if ids else 0)
         if outside:
@@ -170,7 +174,9 @@ def test_random_rules_depend_on_the_seed():
 def test_each_rule_on_six_rollouts():
     data = dataset([("a", s) for s in ([1.0, 1.0], [0.9, 0.0], [0.2, 0.0], [0.0, 0.0], [0.5, 0.5], [0.1, 0.1])])
     # BIS (alpha 0.05): .05, .27, .06, .05, .025, .005.  R: 1, .9, .2, 1, .5, .1.  Mean: 1, .45, .1, 0, .5, .1
-    kept = {rule: select(data, rule, fraction=0.34).kept for rule in ("bis", "mixed", "reliable", "low_mc")}
+    kept = {
+        rule: select(data, rule, fraction=0.34, alpha=0.05).kept for rule in ("bis", "mixed", "reliable", "low_mc")
+    }
     assert kept == {"bis": ("r1", "r2"), "mixed": ("r1", "r2"), "reliable": ("r0", "r3"), "low_mc": ("r2", "r3")}
 
 
@@ -181,7 +187,7 @@ def test_report_of_a_small_corpus():
         "prompt": ["q1", "q1", "q1", "q2", "q1", "q1"],
         "mc_scores": [[0.5, 0.0], [0.5, 0.0], [0.5, 0.0], [1.0, 1.0], [1.0], [None]],
     }
-    report = select(Dataset.from_dict(rows), fraction=0.5).report
+    report = select(Dataset.from_dict(rows), fraction=0.5, alpha=0.05).report
     assert report["sources"]["x"] == {
         "read": 4,
         "refused": {},
@@ -507,7 +513,7 @@ def test_files_and_python_agree_on_any_corpus(tmp_path_factory, corpus, fraction
             if name == source
         ]
         (folder / f"{source}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if all(bis([s if s is not None else float("nan") for s in scores], 0.05) is None for _, scores in corpus):
+    if all(bis([s if s is not None else float("nan") for s in scores], 0.2) is None for _, scores in corpus):
         with pytest.raises(ValueError, match="no row can be used"):
             select_files(folder, folder / "out", rule, fraction=fraction, ties=ties)
         return
@@ -612,3 +618,21 @@ def test_every_rule_is_in_the_help_and_only_one_takes_a_column(capsys):
         assert f"{rule.name}: {rule.words}" in text
     with pytest.raises(ValueError, match="the rule column ranks by a column, and no other rule does"):
         select(dataset([("a", [0.5])]), "bis", fraction=0.5, column="x")
+
+
+def test_alpha_is_0_2_wherever_nobody_says_otherwise(tmp_path, capsys):
+    scores = [[0.5, 0.0], [1.0, 1.0]]  # BIS .15 and .05 at alpha 0.05; .225 and .2 at 0.2
+    assert add_bis({"mc_scores": scores})["bis"] == [(0.25 + 0.2) * 0.5, 0.2]
+    data = dataset([("a", s) for s in scores])
+    rows = [{"prompt": "q", "completions": ["x", "y"], "labels": s} for s in scores]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reports = [
+        select(data, fraction=0.5).report,
+        select_files(tmp_path / "a.jsonl", tmp_path / "b.jsonl", fraction=0.5),
+    ]
+    assert main(["select", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--fraction", "0.5"]) == 0
+    reports.append(json.loads((tmp_path / "out" / "selection.json").read_text()))
+    assert [report["alpha"] for report in reports] == [0.2] * 3
+    assert [report["sources"]["a"]["cut_score"] for report in reports] == [0.225] * 3
+    assert {f.name: f.default for f in fields(DataArguments)}["alpha"] == 0.2
+    assert inspect.signature(compare_rules).parameters["alpha"].default == 0.2

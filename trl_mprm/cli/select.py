@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ..selection.bis import ALPHA
 from ..selection.rules import RULES
 from .arguments import ShowDefaults, print_table
 
@@ -22,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--column", metavar="NAME", help="of the rule `column`: the field of a row to rank by")
     command.add_argument("--fraction", type=float, default=0.1, help="share kept")
     command.add_argument("--by", default="source", choices=["source", "corpus"], help="of each source, or of all rows")
-    command.add_argument("--alpha", type=float, default=0.05, help="of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%")
+    command.add_argument("--alpha", type=float, default=ALPHA, help="of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%")
     command.add_argument("--ties", default="first", choices=["first", "hash"], help="first in the file, or by hash")
     command.add_argument("--seed", type=int, default=0, help="of the rule `random` and of the hash")
     command.add_argument("--image-root", help="folder of the images; default: the folder of each file")

@@ -21,7 +21,7 @@ class DataArguments:
             Train on what this rule keeps: `bis`, `random`, `mixed`, `reliable` or `low_mc`. Defaults to all rollouts.
         fraction (`float`, *optional*, defaults to `0.1`):
             Share kept of each source.
-        alpha (`float`, *optional*, defaults to `0.05`):
+        alpha (`float`, *optional*, defaults to `0.2`):
             Alpha of BIS.
         ties (`str`, *optional*, defaults to `"first"`):
             `first` in the file, or by `hash`.
@@ -33,7 +33,7 @@ class DataArguments:
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images."})
     rule: str | None = field(default=None, metadata={"help": "Train on what this rule keeps; default: everything."})
     fraction: float = field(default=0.1, metadata={"help": "Share kept of each source."})
-    alpha: float = field(default=0.05, metadata={"help": "Alpha of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%."})
+    alpha: float = field(default=0.2, metadata={"help": "Alpha of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%."})
     ties: str = field(default="first", metadata={"help": "`first` in the file, or by `hash`."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Rollouts to evaluate on in training."})
 

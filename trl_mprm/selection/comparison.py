@@ -16,6 +16,7 @@ import numpy as np
 
 from ..data.hub import local_inputs
 from ..data.shards import Paths, Shard, plan_shards
+from .bis import ALPHA
 from .engine import find_engine
 from .report import describe
 from .rules import STEP_RULES, CutSpec, column_to_cut_by
@@ -40,7 +41,7 @@ def compare_rules(
     inputs: Paths,
     *,
     fraction: float,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     ties: str = "first",
     seed: int = 0,
     by: str = "source",

@@ -13,7 +13,7 @@ import pyarrow as pa
 import xxhash
 from datasets import Dataset, IterableDataset
 
-from .bis import step_scores, step_sums
+from .bis import ALPHA, step_scores, step_sums
 from .passes import group_hash
 from .report import SELECTION_VERSION, build_report
 from .rules import CutSpec
@@ -104,7 +104,7 @@ def select(
     rule: str = "bis",
     *,
     fraction: float,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     ties: str = "first",
     seed: int = 0,
     by: str | None = "source",

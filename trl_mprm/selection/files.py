@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..data.hub import local_inputs
 from ..data.shards import Paths, plan_shards
+from .bis import ALPHA
 from .engine import find_engine
 from .report import build_report, describe_refused
 from .rules import CutSpec, column_to_cut_by
@@ -23,7 +24,7 @@ def select_files(
     rule: str = "bis",
     *,
     fraction: float,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     ties: str = "first",
     seed: int = 0,
     by: str = "source",

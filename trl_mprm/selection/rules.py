@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .bis import check_alpha, score_of_sums
+from .bis import ALPHA, check_alpha, score_of_sums
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CutSpec:
     rule: str = "bis"
     _: KW_ONLY
     fraction: float
-    alpha: float = 0.05
+    alpha: float = ALPHA
     ties: str = "first"
     seed: int = 0
     by: str | None = "source"
