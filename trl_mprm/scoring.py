@@ -20,6 +20,7 @@ from transformers import (
 
 from .data.aggregates import AGGREGATES
 from .data.hub import download_model
+from .data.rows import question_key
 from .data.splitting import SPLITS, split_steps
 from .models.anatomy import base_of, is_vision_language
 from .models.classifier import StepClassifier, load_step_classifier
@@ -30,7 +31,7 @@ from .models.shared_prefix import can_share_prefix, prefix_inputs, run_prefix, s
 from .prompting.published import CHECKPOINTS, published_format
 from .prompting.rendering import pad_batch, render_rows
 from .prompting.step_format import StepFormat
-from .prompting.tokens import ProcessingClass, Rendered, errors_name_row, prompt_key, row_name, texts_of, tokenizer_of
+from .prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, texts_of, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class ProcessRewardModel:
             with errors_name_row(row, index):
                 if missing := {"prompt", "completions"} - row.keys():
                     raise ValueError(f"no `{min(missing)}`, expected `prompt`, `completions` and optional `images`")
-                key = prompt_key(row) if sharing else index
+                key = question_key(row["prompt"], images_of(row)) if sharing else index
             groups.setdefault(key, []).append(index)
         together = [group for group in groups.values() if len(group) > 1]
         alone = [index for group in groups.values() if len(group) == 1 for index in group]

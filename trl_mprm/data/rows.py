@@ -18,7 +18,6 @@ A row of VisualPRM400K-v1.1-Raw, read by [`~trl_mprm.load_rollouts`]:
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sized
 from enum import StrEnum
 from typing import Any
@@ -229,8 +228,12 @@ def picture_key(image: Any) -> str:
     """The path of a picture; of one that came as bytes, or decoded by Pillow, a hash of its bytes or its pixels."""
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, str | os.PathLike | None):
-        return str(image)
+    if isinstance(image, str):
+        return image
     if not isinstance(image, bytes):
+        from PIL import Image  # not before: a selection from files does without it
+
+        if not isinstance(image, Image.Image):
+            return str(image)
         image = str(image.size).encode() + image.convert("RGBA").tobytes()
     return hashlib.sha256(image).hexdigest()

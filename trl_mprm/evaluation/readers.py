@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.images import ImageFinder
-from ..data.rows import Refused, check_steps, check_unicode
+from ..data.rows import Refused, check_steps, check_unicode, picture_key, question_key
 from ..data.splitting import split_steps
 
 
@@ -168,13 +168,15 @@ def _images_named(tags: list[str]) -> int:
 
 
 def _group(question: str, images: list[str] = ()) -> str:
-    identity = json.dumps([question, [_digest(path) for path in images]])
+    question, *pictures = question_key(question, map(_content, images))
+    identity = json.dumps([question, pictures])
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 @cache
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _content(path: str) -> str:
+    """Copies of a picture are one picture here: it goes by its bytes, wherever it lies."""
+    return picture_key(Path(path).read_bytes())
 
 
 def _field(record: dict[str, Any], key: str, kind: Any) -> Any:

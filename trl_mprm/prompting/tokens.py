@@ -1,7 +1,5 @@
 """Rows as checked texts, pictures and tokens: what every layout needs."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +9,6 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data.images import open_image
 from ..data.rows import check_unicode
 
 
@@ -43,16 +40,6 @@ def images_of(row: dict[str, Any]) -> Sequence[Any]:
     if not isinstance(images, Sequence) or isinstance(images, str):
         raise ValueError(f"`images` is one {type(images).__name__}, expected a list: write images=[image]")
     return images
-
-
-def prompt_key(row: dict[str, Any]) -> tuple:
-    """The same for rows with the same images and question; a picture in memory counts by its pixels."""
-    return json.dumps(row["prompt"]), *(
-        hashlib.sha256(open_image(image).tobytes()).hexdigest()
-        if isinstance(image, Image.Image | dict)
-        else str(image)
-        for image in images_of(row)
-    )
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

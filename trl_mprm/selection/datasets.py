@@ -160,8 +160,7 @@ def _score_rows(batches: Iterable[dict], spec: CutSpec) -> tuple[list[str], Scor
         sources = [str(source) for source in batch.get(spec.by or "source", ["all"] * n_rows)]
         ids += batch["rollout_id"]
         groups += [
-            group_hash(source, str(prompt), row or ())
-            for source, prompt, row in zip(sources, prompts, images, strict=True)
+            group_hash(source, prompt, row or ()) for source, prompt, row in zip(sources, prompts, images, strict=True)
         ]
         if not _fields(spec) or "mc_scores" in batch or "steps_with_score" in batch:
             n_steps, n_pos, mc_sum, valid = step_sums(*step_scores(batch))

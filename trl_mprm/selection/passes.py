@@ -13,7 +13,6 @@ row, typed, and takes a line only if nothing about it is unusual. All other line
 `annotation_formats.to_row`, which alone decides why a row is refused.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ import xxhash
 from ..data.formats import IMAGE_PLACE, parse, states_answer, to_row
 from ..data.images import ImageFinder
 from ..data.kept_sources import check_kept_sources, kept_sources
-from ..data.rows import Refused, image_list, own_text
+from ..data.rows import Refused, image_list, own_text, question_key
 from ..data.shards import Shard, line_batches, lines_at
 from .bis import step_sums
 from .columns import read_values
@@ -334,19 +333,9 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def image_key(image: object) -> str:
-    """What tells an image from another: its path, or a hash of its bytes."""
-    if isinstance(image, dict):
-        image = image["path"] or image["bytes"]
-    if isinstance(image, str):
-        return image
-    data = image if isinstance(image, bytes) else image.tobytes()  # a stream may hold decoded images
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def group_hash(source: str, prompt: str, images: Iterable) -> int:
+def group_hash(source: str, prompt: object, images: Iterable) -> int:
     """A number for the group of rollouts that share an image and a question, the same on every machine."""
-    text = "\0".join((source, prompt, *map(image_key, images)))
+    text = "\0".join((source, *question_key(prompt, images)))
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 

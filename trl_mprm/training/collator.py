@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from datasets import Image
 
-from ..data.rows import IGNORE_INDEX, check_row
+from ..data.rows import IGNORE_INDEX, check_row, question_key
 from ..models.shared_prefix import prefix_inputs, shared_length, suffix_inputs
 from ..prompting.rendering import pad_batch, render_rows
 from ..prompting.step_format import StepFormat
-from ..prompting.tokens import ProcessingClass, Rendered, errors_name_row, prompt_key, row_name, tokenizer_of
+from ..prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, tokenizer_of
 from .checks import with_count_labels
 
 
@@ -116,7 +116,7 @@ class DataCollatorForProcessReward:
         prompts: dict[Any, list[dict]] = {}
         for index, row in enumerate(rows):
             with errors_name_row(row, index):
-                prompts.setdefault(prompt_key(row), []).append(row)
+                prompts.setdefault(question_key(row["prompt"], images_of(row)), []).append(row)
         alone = [group[0] for group in prompts.values() if len(group) == 1]
         # Labels stand first: by them Trainer counts the rows.
         used, batch, dropped = [], {"labels": None, "groups": []}, [0, 0, 0]

@@ -11,7 +11,6 @@ And the rows themselves, as they are drawn: each knows its number, by which erro
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -21,13 +20,10 @@ import torch
 from datasets import Dataset, Image, IterableDataset, List
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ..data.rows import question_key
 from ..prompting.rendering import render_rows
 from ..prompting.step_format import StepFormat
 from ..prompting.tokens import ProcessingClass
-
-
-def _digest(image: bytes) -> str:
-    return hashlib.blake2b(image, digest_size=16).hexdigest()
 
 
 def prompt_groups(dataset: Dataset) -> list[list[int]]:
@@ -48,7 +44,8 @@ def prompt_groups(dataset: Dataset) -> list[list[int]]:
     index = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         for row in table.to_pylist():
-            key = hashlib.blake2b(json.dumps(row, default=_digest, sort_keys=True).encode(), digest_size=16).digest()
+            text = "\0".join(question_key(row["prompt"], row.get("images") or ()))
+            key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
             groups.setdefault(key, []).append(index)
             index += 1
     return list(groups.values())
