@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; another than loopback needs a key")
     command.add_argument("--port", type=int, default=8000)
     command.add_argument("--served-model-name", default="prm")
-    command.add_argument("--api-key", help=f"key that every request must carry; or set {API_KEY}")
+    command.add_argument("--api-key", help=f"key that every request must carry, or set {API_KEY}; '' lets everyone in")
     command.add_argument("--image-root", help="folder of pictures that requests may name")
     command.add_argument("--allow-image-host", action="append", default=[], help="host that pictures are fetched from")
     command.add_argument("--max-body-mb", type=positive, default=32, help="size of a request")
@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def serve(args: argparse.Namespace) -> int:
-    api_key = args.api_key or os.environ.get(API_KEY)
+    api_key = os.environ.get(API_KEY) if args.api_key is None else args.api_key
     if api_key is None and not _is_loopback(args.host):
         raise ValueError(f"--host {args.host} is open to others: set a key (--api-key, or {API_KEY})")
     if args.image_root is not None and not os.path.isdir(args.image_root):
@@ -44,7 +44,9 @@ def serve(args: argparse.Namespace) -> int:
     prm = load_prm(args)
     limits = Limits(body_bytes=args.max_body_mb * 2**20, waiting=args.max_waiting)
     pictures = Pictures(limits, args.image_root, tuple(args.allow_image_host))
-    app = create_app(prm, args.served_model_name, api_key=api_key, pictures=pictures, limits=limits, ui=args.ui)
+    app = create_app(
+        prm, args.served_model_name, api_key=api_key or None, pictures=pictures, limits=limits, ui=args.ui
+    )
     address = f"http://{args.host}:{args.port}"
     rows = [["model", args.model], ["scores", f"POST {address}/pooling"], ["ranking", f"POST {address}/best_of_n"]]
     rows += [["API page", f"{address}/docs"]] + [["page to try it", f"{address}/"]] * args.ui
