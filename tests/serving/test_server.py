@@ -20,7 +20,8 @@ from trl_mprm import ProcessRewardModel, StepFormat
 from trl_mprm.models.loading import add_marker, load_model, load_processing_class
 from trl_mprm.serving.limits import BoundedConnections
 from trl_mprm.serving.messages import data_url, pooling_request
-from trl_mprm.serving.server import Limits, Pictures, create_app
+from trl_mprm.serving.pictures import Limits, Pictures
+from trl_mprm.serving.server import create_app
 
 
 SMALL = Limits(body_bytes=200_000, body_seconds=0.5, images=2, image_pixels=10_000, tokens=60, candidates=4, waiting=6)

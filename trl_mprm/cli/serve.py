@@ -39,7 +39,8 @@ def serve(args: argparse.Namespace) -> int:
         raise ValueError(f"--host {args.host} is open to others: set a key (--api-key, or {API_KEY})")
     if args.image_root is not None and not os.path.isdir(args.image_root):
         raise ValueError(f"--image-root {args.image_root}: no such folder")
-    from ..serving.server import Limits, Pictures, create_app, run
+    from ..serving.pictures import Limits, Pictures
+    from ..serving.server import create_app, run
 
     prm = load_prm(args)
     limits = Limits(body_bytes=args.max_body_mb * 2**20, waiting=args.max_waiting)
