@@ -1,6 +1,7 @@
 """Scoring: one prefix for all candidates, equal to the plain path on every backbone; best of N; rewards for GRPO."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,11 +325,78 @@ def test_reward_function_takes_what_trl_hands_over(tiny_folders):
     )
     assert chat == [pytest.approx(plain[0], abs=1e-6)]
     assert reward(prompts=["q"], completions=["a"]) == [pytest.approx(prm.score([], "q", ["a"])[0], abs=1e-6)]
-    assert reward.__name__ == "process_reward"
+    assert reward.__name__ == f"{Path(tiny_folders['qwen2_5_vl']).name}_min"
     with pytest.raises(ValueError, match="2 prompts came with images for 1: expected as many"):
         reward(prompts=["q", "q"], completions=["a", "b"], images=[[image]])
     with pytest.raises(ValueError, match="by is 'lines'"):
         prm.as_reward_func(split="lines")
+
+
+@pytest.mark.parametrize("unscored", [None, -1.0])
+def test_nothing_that_a_policy_writes_stops_a_reward_function(unscored, tiny_folders, caplog):
+    prm = load(tiny_folders, "qwen2_5_vl")
+    reward, shares = prm.as_reward_func(unscored=unscored), []
+    call = [{"role": "assistant", "content": None, "tool_calls": []}]
+    odd = [
+        "x" * 600,
+        "y" * 700,
+        None,
+        call,
+        [{"role": "assistant"}],
+        [3],
+        3,
+        [{"role": "tool", "content": "a"}],
+        "\udcff",
+    ]
+    good = ["a\n\nb", "a<|im_end|>\n\n<prm>", "<|image_pad|>", [{"role": "assistant", "content": "a\n\nb"}], ""]
+    completions = [*odd, *good]
+    images = [[picture("red")]] * len(completions)
+    with caplog.at_level("WARNING", "trl_mprm.rewards"):
+        earned = reward(["q"] * len(completions), completions, images, log_metric=lambda *pair: shares.append(pair))
+        reward(["q"] * 2, ["z" * 800, "a"])
+    assert earned[: len(odd)] == [unscored] * len(odd)
+    alone = [reward(["q"], [completion], images[:1])[0] for completion in good]
+    assert earned[len(odd) :] == pytest.approx(alone, abs=1e-6) and alone[-1] == 0.0 and all(alone[:-1])
+    assert shares == [(f"{reward.__name__}/unscored", len(odd) / len(completions))]
+    assert sum(reward.unscored.values()) == len(odd) + 1
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == len(reward.unscored) == 3  # too long, said nothing, a lone surrogate
+    assert max(reward.unscored.values()) == 6 and any("and this model reads 512" in line for line in logged)
+    assert all(f"cannot be scored and earns {unscored}" in line for line in logged)
+
+
+def test_a_reward_function_of_a_model_that_is_not_a_number(tiny_folders):
+    prm = load(tiny_folders, "qwen2")
+    torch.nn.init.constant_(prm.model.lm_head.weight, math.nan)
+    reward = prm.as_reward_func()
+    assert reward(["q"], ["a"]) == [None] and list(reward.unscored) == ["the model's scores are not numbers (NaN)"]
+
+
+def test_reward_functions_have_names_of_their_own(tiny_folders):
+    one, other = load(tiny_folders, "qwen2"), load(tiny_folders, "qwen2")
+    first = one.as_reward_func()
+    functions = [first, one.as_reward_func("min"), one.as_reward_func(split="numbered"), other.as_reward_func()]
+    assert len({function.__name__ for function in functions}) == 4
+    assert one.as_reward_func().__name__ == first.__name__ == f"{Path(tiny_folders['qwen2']).name}_mean"
+    assert one.as_reward_func(name="mine").__name__ == "mine"
+
+
+def test_step_rewards_have_their_places(tiny_folders):
+    prm = load(tiny_folders, "qwen2")
+    policy = tiny_tokenizer("qwen2")
+    texts = ["  A is réd 🟥.\r\n \r\nSo one.\nFinal answer: 1 ", "", "x" * 600, "B."]
+    ids = [policy.encode(text) + [policy.eos_token_id] for text in texts]
+    rewards = prm.step_rewards(["q"] * 4, ids, tokenizer=policy)
+    assert rewards[1] == [] and rewards[2] is None and len(rewards[3]) == 1
+    steps = ["A is réd 🟥.", "So one.", "Final answer: 1"]
+    assert [texts[0][step.start : step.end] for step in rewards[0]] == steps
+    assert [policy.decode(ids[0][step.token_start : step.token_end]) for step in rewards[0]] == steps
+    assert [step.score for step in rewards[0]] == pytest.approx(prm.score([], "q", steps), abs=1e-6)
+    chat = [{"role": "assistant", "content": "A.\n\nB."}]
+    for completion in ("A.\n\nB.", chat):
+        ((first, second),) = prm.step_rewards(["q"], [completion])
+        assert (first.start, first.end, second.start, second.end) == (0, 2, 4, 6)
+        assert first.token_start is None and first.token_end is None
 
 
 @pytest.mark.slow
@@ -338,9 +406,10 @@ def test_reward_function_trains_a_policy_with_grpo(tiny_folders, tmp_path):
         {"images": row["images"] or [picture("green")], "prompt": [{"role": "user", "content": row["prompt"]}]}
         for row in make_rows(images=True, n=4)
     ]
+    reward = prm.as_reward_func(name="process_reward")
     trainer = GRPOTrainer(
         model=tiny_folders["qwen2_5_vl"],
-        reward_funcs=prm.as_reward_func(),
+        reward_funcs=reward,
         args=GRPOConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4,
@@ -361,6 +430,7 @@ def test_reward_function_trains_a_policy_with_grpo(tiny_folders, tmp_path):
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "rewards/process_reward/mean" in entry]
+    assert [entry["process_reward/unscored"] for entry in logged] == [0, 0] and not reward.unscored
     assert len(logged) == 2 and all(0 < entry["rewards/process_reward/mean"] < 1 for entry in logged)
     assert any(entry["rewards/process_reward/std"] > 0 for entry in logged)
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())

@@ -1,10 +1,13 @@
 """A trained process reward model scores steps and picks the best of N."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -31,7 +34,8 @@ from .models.shared_prefix import can_share_prefix, prefix_inputs, run_prefix, s
 from .prompting.published import CHECKPOINTS, published_format
 from .prompting.rendering import pad_batch, render_rows
 from .prompting.step_format import StepFormat
-from .prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, texts_of, tokenizer_of
+from .prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, tokenizer_of
+from .rewards import StepReward, reward_function, step_rewards
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class ProcessRewardModel:
             Its processor or tokenizer, which knows the marker.
         step_format ([`StepFormat`], *optional*):
             Marker, reward tokens and joiner the model was trained with.
+        name (`str`, *optional*):
+            What its reward functions are called after. Defaults to the last part of the path that the weights are from.
     """
 
     def __init__(
@@ -61,10 +67,12 @@ class ProcessRewardModel:
         model: PreTrainedModel | PeftModel,
         processing_class: ProcessingClass,
         step_format: StepFormat | None = None,
+        name: str | None = None,
     ):
         self.model = model.eval()
         self.processing_class = processing_class
         self.step_format = step_format or StepFormat()
+        self.name = name or Path(base_of(model).config.name_or_path).name or "process_reward"
         if isinstance(processing_class, ProcessorMixin):
             encode_distinct_images(base_of(model))
         self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
@@ -118,7 +126,7 @@ class ProcessRewardModel:
             )
         if step_format.head is not None and not is_adapter:
             model = load_step_classifier(str(folder), step_format.head, **model_init_kwargs)
-            return cls(model, load_processing_class(str(folder), vision=False), step_format)
+            return cls(model, load_processing_class(str(folder), vision=False), step_format, Path(model_id).name)
         if is_adapter:
             peft_config = PeftConfig.from_pretrained(folder)
             if base_model is None:
@@ -142,7 +150,7 @@ class ProcessRewardModel:
         if step_format.head is not None:
             merged = model.merge_and_unload()
             model = StepClassifier(merged.base_model, merged.get_submodule(step_format.head))
-        return cls(model, processing_class, step_format)
+        return cls(model, processing_class, step_format, Path(model_id).name)
 
     def merge_and_unload(self) -> "ProcessRewardModel":
         """Merge the adapter into plain weights; 4-bit weights are dequantised first, so that no rounding is added."""
@@ -154,7 +162,7 @@ class ProcessRewardModel:
             adapter, peft_config = get_peft_model_state_dict(model), model.active_peft_config
             model = get_peft_model(model.unload().dequantize(), peft_config)
             set_peft_model_state_dict(model, adapter)
-        return ProcessRewardModel(model.merge_and_unload(), self.processing_class, self.step_format)
+        return ProcessRewardModel(model.merge_and_unload(), self.processing_class, self.step_format, self.name)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Save model, processor and step format, to be loaded by [`ProcessRewardModel.from_pretrained`]."""
@@ -356,17 +364,27 @@ class ProcessRewardModel:
         aggregate: Literal["mean", "min", "product", "last"] = "mean",
         split: str = "blank_line",
         max_batch_tokens: int = 16384,
-    ) -> Callable[..., list[float]]:
+        unscored: float | None = None,
+        name: str | None = None,
+    ) -> Callable[..., list[float | None]]:
         """
         Serve as `reward_funcs` of TRL's [`~trl.GRPOTrainer`].
 
         The function takes what TRL hands to a callable: `prompts` and `completions`, texts or messages, and the
         dataset's `images` or `image` column. Completions of one prompt share its prefix. A completion without text
-        earns 0.
+        earns 0. Nothing that a policy writes stops the run: what cannot be scored (too long for this model, a message
+        without content) earns `unscored`. Each reason is logged once; `function.unscored` counts them by reason, and
+        TRL logs their share as `{name}/unscored`.
 
         Args:
             aggregate, split, max_batch_tokens:
                 As in [`ProcessRewardModel.best_of_n`].
+            unscored (`float`, *optional*):
+                Reward of a completion that cannot be scored. Defaults to None: TRL leaves this function out of the
+                completion's reward.
+            name (`str`, *optional*):
+                Name of the function, under which TRL logs it. Defaults to the model's name and the aggregate, with a
+                number behind it where a function of another model bears that name.
 
         Examples:
         ```python
@@ -375,38 +393,81 @@ class ProcessRewardModel:
         """
         _check_aggregate(aggregate)
         split_steps("", split)
+        name = name or self._own_name(aggregate if split == "blank_line" else f"{aggregate}_{split}")
+        score_batch = partial(self.score_batch, max_batch_tokens=max_batch_tokens)
+        return reward_function(score_batch, AGGREGATES[aggregate], split, unscored, name)
 
-        def process_reward(
-            prompts: list, completions: list, images: list | None = None, image: list | None = None, **kwargs: Any
-        ) -> list[float]:
-            pictures = images
-            if images is None and image is not None:
-                pictures = [[] if one is None else [one] for one in image]
-            if pictures is not None and len(pictures) != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts came with images for {len(pictures)}: expected as many")
-            rows = []
-            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-                row_images = pictures[index] if pictures is not None else []
-                steps = split_steps(_said(completion, "assistant"), split)
-                rows.append({"images": row_images or [], "prompt": _said(prompt, "user"), "completions": steps})
-            scores = iter(
-                self.score_batch([row for row in rows if row["completions"]], max_batch_tokens=max_batch_tokens)
-            )
-            return [AGGREGATES[aggregate](next(scores)) if row["completions"] else 0.0 for row in rows]
+    def step_rewards(
+        self,
+        prompts: list,
+        completions: list,
+        images: list | None = None,
+        split: str = "blank_line",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_batch_tokens: int = 16384,
+    ) -> list[list[StepReward] | None]:
+        """
+        Dense rewards, for a training loop of one's own: the score of each step, and where it stands in the completion.
 
-        return process_reward
+        Args:
+            prompts (`list`):
+                Texts or chat messages, one for each completion.
+            completions (`list`):
+                What the policy wrote: texts, chat messages, or, with `tokenizer`, the token ids that it sampled.
+            images (`list`, *optional*):
+                A list of pictures for each prompt.
+            split (`str`, *optional*, defaults to `"blank_line"`):
+                How a completion becomes steps, see [`split_steps`].
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                The policy's tokenizer, where completions are token ids. Nothing is tokenised again: token spans are
+                those of the very ids.
+            max_batch_tokens (`int`, *optional*, defaults to `16384`):
+                See [`ProcessRewardModel.score_batch`].
+
+        Returns:
+            `list[list[StepReward] | None]`: for each completion its steps; none for one without text, and None for one
+            that cannot be scored. Characters are those of the completion's text: the string itself; of messages, what
+            the assistant says, joined by line ends; of token ids, `tokenizer.decode(ids, skip_special_tokens=True,
+            clean_up_tokenization_spaces=False)`.
+
+        Examples:
+        ```python
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from trl_mprm import ProcessRewardModel, StepFormat
+        >>> from trl_mprm.models.loading import add_marker, load_model, load_processing_class
+        >>> from trl_mprm.models.tiny import tiny_model
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = tiny_model("qwen2", Path(folder))
+        ...     model, tokenizer = load_model(folder), load_processing_class(folder, vision=False)
+        ...     add_marker(model, tokenizer, StepFormat())
+        ...     prm = ProcessRewardModel(model, tokenizer)
+        >>> text = "A is red.\\n\\nSo 1."
+        >>> (steps,) = prm.step_rewards(["How many?"], [tokenizer.encode(text)], tokenizer=tokenizer)
+        >>> [(text[step.start : step.end], step.token_start, step.token_end) for step in steps]
+        [('A is red.', 0, 9), ('So 1.', 11, 16)]
+
+        ```
+        """
+        score_batch = partial(self.score_batch, max_batch_tokens=max_batch_tokens)
+        return step_rewards(score_batch, prompts, completions, images, split, tokenizer)
+
+    def _own_name(self, how: str) -> str:
+        """A name that no reward function of another model bears, in this process."""
+        base = re.sub(r"[^\w.-]+", "_", f"{self.name}_{how}")
+        names = (base, *(f"{base}_{number}" for number in range(2, len(_NAMED) + 3)))
+        name = next(name for name in names if _NAMED.get(name, self) is self)
+        _NAMED[name] = self
+        return name
+
+
+# Whose reward functions bear a name: TRL logs two functions of one name as one.
+_NAMED: WeakValueDictionary[str, ProcessRewardModel] = WeakValueDictionary()
 
 
 def _check_aggregate(aggregate: str) -> None:
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate is {aggregate!r}, expected one of {', '.join(AGGREGATES)}")
-
-
-def _said(turns: str | list[dict[str, Any]], role: str) -> str:
-    """The text of a plain prompt or completion, or what `role` says in a conversation."""
-    if isinstance(turns, str):
-        return turns
-    return "\n".join(texts_of([turn for turn in turns if turn["role"] == role]))
 
 
 def _tokens_read(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
