@@ -59,6 +59,63 @@ def test_modules_combine():
     assert computed == {key: pytest.approx(expected[key]) for key in computed}
 
 
+def test_modules_combine_with_a_threshold_and_sources():
+    predictions, references, sources = solutions()
+    both = evaluate.combine([evaluate_modules.path(name) for name in STEP_MODULES])
+    given = {"sources": sources, "groups": list(range(len(sources))), "threshold": "oracle"}
+    computed = both.compute(predictions=predictions, references=references, **given)
+    expected = step_metrics(references, predictions, **given, n_resamples=0)
+    assert len(computed) > 10 and computed == {key: pytest.approx(expected[key]) for key in computed}
+
+
+@pytest.mark.parametrize("name", STEP_MODULES)
+@pytest.mark.parametrize(
+    ("references", "predictions"),
+    [
+        ([[True, False]], [[0.9, 0.2]]),
+        ([[1, 0.7]], [[0.9, 0.2]]),
+        ([[1, "-1"]], [[0.9, 0.2]]),
+        ([[1, None]], [[0.9, 0.2]]),
+        ([[1, 2]], [[0.9, 0.2]]),
+        ([[1, -1]], [[0.9, float("nan")]]),
+        ([[1, -1]], [["0.9", "0.2"]]),
+        ([[1, -1]], [[0.9, 1.5]]),
+        ([[1, -1]], [[0.9]]),
+        ([[1, -1], [1]], [[0.9, 0.2]]),
+        ([], []),
+    ],
+)
+def test_a_module_refuses_what_the_metric_refuses(name, references, predictions):
+    with pytest.raises(ValueError) as refused:
+        step_metrics(references, predictions, threshold=0.5, n_resamples=0)
+    module = evaluate.load(evaluate_modules.path(name))
+    with pytest.raises(ValueError) as told:
+        module.compute(predictions=predictions, references=references)
+    assert str(told.value) == str(refused.value)
+    if len(references) == len(predictions) == 1:
+        with pytest.raises(ValueError):
+            module.add(predictions=predictions[0], references=references[0])
+
+
+@pytest.mark.parametrize("cast", [list, np.array, lambda labels: [float(label) for label in labels], tuple])
+def test_a_module_accepts_what_the_metric_accepts(cast):
+    predictions, references, _ = solutions()
+    references, predictions = [cast(labels) for labels in references], [np.float32(scores) for scores in predictions]
+    expected = step_metrics(references, predictions, threshold=0.5, n_resamples=0)
+    computed = evaluate.load(evaluate_modules.path("step_f1")).compute(predictions=predictions, references=references)
+    assert computed == {key: expected[key] for key in computed} and len(computed) == 3
+
+
+@pytest.mark.parametrize("correct", ["no", None, 0.5, 2])
+def test_best_of_n_refuses_what_is_neither_right_nor_wrong(correct):
+    told = "candidate 1: correct is .*, expected True or False"
+    given = {"predictions": [[0.9], [0.5]], "groups": ["q", "q"]}
+    with pytest.raises(ValueError, match=told):
+        best_of_n_metrics([True, correct], given["predictions"], given["groups"])
+    with pytest.raises(ValueError, match=told):
+        evaluate.load(evaluate_modules.path("best_of_n")).compute(references=[True, correct], **given)
+
+
 def test_best_of_n():
     predictions, references, _ = solutions()
     correct, groups = [labels[0] == 1 for labels in references], [str(index // 4) for index in range(len(references))]

@@ -230,15 +230,10 @@ def best_of_n_metrics(
     ```
     """
     sources = ["all"] * len(correct) if sources is None else sources
-    for name, values in (("scores", scores), ("groups", groups), ("sources", sources)):
+    for name, values in (("groups", groups), ("sources", sources)):
         if len(values) != len(correct):
             raise ValueError(f"correct has {len(correct)} candidates, {name} {len(values)}: expected as many")
-    if not len(correct):
-        raise ValueError("expected at least one candidate, got none")
-    for index, steps in enumerate(scores):
-        if not len(steps):
-            raise ValueError(f"candidate {index} has no scores, expected one a step: leave its question out")
-        check_scores(f"candidate {index}", steps)
+    check_candidates(correct, scores)
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(str(group), []).append(index)
@@ -267,6 +262,20 @@ def best_of_n_metrics(
 
     of = {str(name): source_of == name for name in np.unique(source_of)}
     return measured(table, sizes) | {"sources": {name: measured(table[own], sizes[own]) for name, own in of.items()}}
+
+
+def check_candidates(correct: Sequence[bool], scores: Sequence[Sequence[float]]) -> None:
+    """Raise `ValueError`, which names the candidate, unless each is right or wrong and has scores in [0, 1]."""
+    if len(scores) != len(correct):
+        raise ValueError(f"correct has {len(correct)} candidates, scores {len(scores)}: expected as many")
+    if not len(correct):
+        raise ValueError("expected at least one candidate, got none")
+    for index, (right, steps) in enumerate(zip(correct, scores, strict=True)):
+        if right not in (True, False):
+            raise ValueError(f"candidate {index}: correct is {right!r:.60}, expected True or False")
+        if not len(steps):
+            raise ValueError(f"candidate {index} has no scores, expected one per step: leave its question out")
+        check_scores(f"candidate {index}", steps)
 
 
 def prmbench_scores(metrics: dict) -> dict[str, float | None]:

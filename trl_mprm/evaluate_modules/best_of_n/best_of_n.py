@@ -1,9 +1,9 @@
 """Accuracy of best-of-N by step scores, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.evaluation.metrics`]."""
 
 import datasets
-import evaluate
 
-from trl_mprm.evaluation.metrics import best_of_n_metrics
+from trl_mprm.evaluate_modules import checked
+from trl_mprm.evaluation.metrics import best_of_n_metrics, check_candidates
 
 
 DESCRIPTION = """
@@ -30,17 +30,13 @@ Returns:
 MEASURES = ("accuracy_mean", "accuracy_min", "accuracy_product", "accuracy_last", "pass_at_1", "pass_at_n")
 
 
-class BestOfN(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("bool")}
-            ),
-        )
+class BestOfN(checked.CheckedModule):
+    DESCRIPTION, CITATION, INPUTS, MEASURES = DESCRIPTION, CITATION, INPUTS, MEASURES
+    REFERENCES = datasets.Value("float64")
+
+    def check(self, references, predictions) -> None:
+        check_candidates(references, predictions)
 
     def _compute(self, predictions, references, groups):
         metrics = best_of_n_metrics(references, predictions, groups, n_resamples=0)
-        return {name: metrics[name] for name in MEASURES}
+        return {name: metrics[name] for name in self.MEASURES}

@@ -1,9 +1,6 @@
 """First-error accuracy and ProcessBench F1, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.evaluation.metrics.step_metrics`]."""
 
-import datasets
-import evaluate
-
-from trl_mprm.evaluation.metrics import step_metrics
+from trl_mprm.evaluate_modules import checked
 
 
 DESCRIPTION = """
@@ -39,20 +36,5 @@ MEASURES = (
 )
 
 
-class FirstError(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-        )
-
-    def _compute(self, predictions, references, sources=None, groups=None, threshold=0.5):
-        metrics = step_metrics(references, predictions, sources, groups, threshold=threshold, n_resamples=0)
-        return {name: metrics[name] for name in MEASURES}
+class FirstError(checked.StepModule):
+    DESCRIPTION, CITATION, INPUTS, MEASURES = DESCRIPTION, CITATION, INPUTS, MEASURES

@@ -1,9 +1,6 @@
 """AUC and average precision of step scores, as a module of the `evaluate` library: a thin layer over [`~trl_mprm.evaluation.metrics.step_metrics`]."""
 
-import datasets
-import evaluate
-
-from trl_mprm.evaluation.metrics import step_metrics
+from trl_mprm.evaluate_modules import checked
 
 
 DESCRIPTION = """
@@ -22,6 +19,7 @@ INPUTS = """
 Args:
     predictions (`list` of `list` of `float`): P(step good) of each step, one list a solution.
     references (`list` of `list` of `int`): label of each step: 1 correct, 0 neutral (ignored), -1 incorrect.
+    sources, groups, threshold (*optional*): as in `step_f1`, for `evaluate.combine`; these measures need none of them.
 
 Returns:
     `dict`: `auc`, `average_precision_correct`, `average_precision_incorrect`; `None` what is undefined.
@@ -33,20 +31,5 @@ MEASURES = (
 )
 
 
-class StepAuc(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-        )
-
-    def _compute(self, predictions, references):
-        metrics = step_metrics(references, predictions, threshold=0.5, n_resamples=0)
-        return {name: metrics[name] for name in MEASURES}
+class StepAuc(checked.StepModule):
+    DESCRIPTION, CITATION, INPUTS, MEASURES = DESCRIPTION, CITATION, INPUTS, MEASURES
