@@ -14,6 +14,7 @@ import pytest
 from helpers import ReadHub, hub_on_this_machine
 from PIL import Image as PILImage
 
+from trl_mprm.data import images
 from trl_mprm.data.formats import parse
 from trl_mprm.data.images import MAX_PIXELS
 from trl_mprm.data.rollouts import FEATURES, Refusal, Rollout, describe_refusals, load_rollouts, read_rollouts
@@ -229,8 +230,8 @@ def test_short_paths_and_lists_of_nlvr2(tmp_path):
 def test_images_are_not_decoded_at_load_and_looked_at_once(tmp_path, monkeypatch):
     picture(tmp_path / "1.png")
     file = write(tmp_path / "a.jsonl", *[raw(image="1.png")] * 5)
-    opened, plain_open = [], PILImage.open
-    monkeypatch.setattr(PILImage, "open", lambda *args: opened.append(args) or plain_open(*args))
+    opened, plain_check = [], images.check_file
+    monkeypatch.setattr(images, "check_file", lambda *args: opened.append(args) or plain_check(*args))
     monkeypatch.setattr(PILImage.Image, "load", lambda self: pytest.fail("decoded"))
     assert len(load_rollouts(file)) == 5
     assert len(opened) == 1

@@ -31,7 +31,7 @@ from trl_mprm.data.shards import input_files, line_batches, lines_at, plan_shard
 from trl_mprm.selection import engine, files
 from trl_mprm.selection.bis import add_bis
 from trl_mprm.selection.files import select_files
-from trl_mprm.selection.passes import _is_utf8, _Rows, emit, score_shard
+from trl_mprm.selection.passes import _Rows, emit, is_utf8, score_shard
 from trl_mprm.selection.report import build_report
 from trl_mprm.selection.rules import STEP_RULES, CutSpec
 from trl_mprm.selection.summary import MAX_GROUPS, merge, summarize
@@ -157,7 +157,7 @@ def test_the_narrow_way_is_taken(root, monkeypatch):
     # one odd line among many costs a few more looks, not all of them
     careful = []
     monkeypatch.setattr(
-        _Rows, "_careful", lambda self, line: careful.append(line) or self._append([line], [(0, 0)], [0], [])
+        _Rows, "_careful", lambda self, line: careful.append(line) or self._append([line], [0], [0], [0], [])
     )
     file.write_text("".join(json.dumps(raw(["0.5"] if i == 40 else [0.5])) + "\n" for i in range(100)))
     score_shard(plan_shards(file)[0])
@@ -171,7 +171,7 @@ def test_utf8_is_what_python_says(data):
         expected = True
     except UnicodeDecodeError:
         expected = False
-    assert _is_utf8(data) == expected
+    assert is_utf8(data) == expected
 
 
 # ---- any division of the files

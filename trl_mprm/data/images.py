@@ -1,12 +1,14 @@
 """Finds the pictures of rollouts and benchmarks: inside one folder, whole, and not too large."""
 
 import base64
+import errno
 import io
 import os
 import stat
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from .image_header import HEAD, ordinary_size
 from .rows import Reason, Refused, image_list, is_unicode
 
 
@@ -61,7 +63,7 @@ class ImageFinder:
             except ValueError as error:  # of base64
                 return Refused(Reason.IMAGE_UNREADABLE, f"bytes of an image are no base64 ({error})")
             image = image.get("path")
-        if not isinstance(image, str) or not image or not is_unicode(image):
+        if not isinstance(image, str) or not image or not (image.isascii() or is_unicode(image)):
             return Refused(Reason.IMAGE_NOT_A_PATH, f"image is {image!r:.80}, expected a path")
         if not self.check:
             return image
@@ -87,18 +89,23 @@ class ImageFinder:
             return folders
         refused = None
         for path, inside, exists in folders:
+            real, link = path + base, not inside
             try:
-                if exists and stat.S_ISLNK(os.lstat(path + base).st_mode):
-                    real = os.path.realpath(path + base)
+                if exists and inside:
+                    try:
+                        if check_file(real, os.O_NOFOLLOW):
+                            return real
+                    except OSError as error:
+                        if error.errno != errno.ELOOP:
+                            raise
+                        link = True
+                if exists and link:
+                    real = os.path.realpath(real)
                     inside = self._inside(real)
-                else:
-                    real = path + base
+                    if inside and check_file(real):
+                        return real
                 if not inside:
                     refused = Refused(Reason.IMAGE_OUTSIDE_ROOT, f"{name!r:.80} leads out of {self.root}")
-                elif exists and os.path.isfile(real):
-                    with open(real, "rb") as file:
-                        check_image(file)
-                    return real
             except Refused as error:
                 return Refused(error.reason, f"{name!r:.80}: {error}")
             except PermissionError as error:
@@ -139,6 +146,30 @@ def find_images(record: dict, finder: ImageFinder) -> list[dict]:
     return images
 
 
+def check_file(path: str, flags: int = 0) -> bool:
+    """Whether there is a file under a path. Raises [`Refused`] unless it is a whole picture, and `OSError`."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)  # a pipe would keep us waiting
+    try:
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode):
+            return False
+        if not _is_ordinary(os.pread(handle, HEAD, 0), os.pread(handle, 64, max(state.st_size - 64, 0))):
+            with open(handle, "rb", closefd=False) as file:
+                check_image(file)
+        return True
+    finally:
+        os.close(handle)
+
+
+def _is_ordinary(head: bytes, tail: bytes) -> bool:
+    """Whether a picture is known to pass [`check_image`] by its first bytes and its last 64."""
+    size = ordinary_size(head)
+    return size is not None and size[0] * size[1] <= MAX_PIXELS and END_MARKS[head[1:4] == b"PNG"] in tail
+
+
+END_MARKS = b"\xff\xd9", b"IEND"  # of a JPEG, of a PNG
+
+
 def check_image(file: io.BufferedIOBase) -> None:
     """
     Raise [`Refused`] unless `file` is a whole picture of at most `MAX_PIXELS` pixels.
@@ -166,7 +197,7 @@ def check_image(file: io.BufferedIOBase) -> None:
             image = Image.open(file)
         too_large = image.width * image.height > MAX_PIXELS
         file.seek(max(file.seek(0, os.SEEK_END) - 64, 0))
-        end = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}.get(image.format)
+        end = dict(zip(("JPEG", "PNG"), END_MARKS, strict=True)).get(image.format)
         if not too_large and (end is None or end not in file.read()):
             file.seek(0)
             Image.open(file).load()

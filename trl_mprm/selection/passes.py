@@ -10,14 +10,14 @@ Out of the second, if it is kept: the line, byte by byte.
 
 The first pass has two ways to read a line. The narrow one parses the few fields of raw annotations that decide about a
 row, typed, and takes a line only if nothing about it is unusual. All other lines go the careful way of
-`annotation_formats.to_row`, which alone decides why a row is refused.
+`data.formats.to_row`, which alone decides why a row is refused.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, BinaryIO, NamedTuple
@@ -49,6 +49,9 @@ from .summary import (
 from .threshold import Cut, kept_rows
 
 
+REASON_NUMBERS = {reason: number for number, reason in enumerate(REASONS)}
+
+
 class _Step(msgspec.Struct, gc=False):
     step: str
     score: Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -76,6 +79,10 @@ _decode_text = msgspec.json.Decoder(str | None).decode
 _steps, _step, _score, _total, _rollout_id = map(
     attrgetter, ("steps_with_score", "step", "score", "num_mc_total", "rollout_id")
 )
+
+# Lines that are remembered as Python numbers before they become arrays: enough that the calls of numpy cost nothing a
+# line, few enough that the lists stay in the processor's cache.
+LINES_AS_NUMBERS = 4096
 
 
 def score_shard(
@@ -119,9 +126,9 @@ def score_shard(
     sources = kept_sources(shard)
     rows = _Rows(shard.source, sources, finder, drop_answer_step, words)
     for block, lines in line_batches(shard):
-        rows.add(lines, _is_utf8(block))
-        if len(rows.part[0]) > 4096:
-            rows.end_part()
+        rows.add(lines, is_utf8(block))
+        if len(rows.columns.state) > LINES_AS_NUMBERS:
+            rows.to_arrays()
     if sources:
         check_kept_sources(shard.file, rows.n_lines, sources)
     scores = rows.scores(shard)
@@ -136,8 +143,33 @@ def _finder(root: str | os.PathLike, plan: str) -> ImageFinder:
     return ImageFinder(root)
 
 
+class _Columns(NamedTuple):
+    """What is remembered of some lines: one entry per line, but for `scores`, which has one per measured step."""
+
+    state: list[int]
+    group: list[int]
+    n_steps: list[int]
+    length: list[int]
+    check: list[int]
+    words: list[int]
+    scores: list[float]
+
+
+class _Arrays(NamedTuple):
+    """The same as arrays; the scores of a line have become three numbers."""
+
+    state: np.ndarray
+    n_steps: np.ndarray
+    n_pos: np.ndarray
+    mc_sum: np.ndarray
+    group: np.ndarray
+    length: np.ndarray
+    check: np.ndarray
+    words: np.ndarray
+
+
 class _Rows:
-    """Collects what is remembered of lines, batch by batch."""
+    """Collects what is remembered of the lines of a shard, batch by batch."""
 
     def __init__(
         self,
@@ -150,19 +182,18 @@ class _Rows:
         self.source, self.sources, self.finder = source, sources, finder
         self.drop_answer_step, self.count_words = drop_answer_step, count_words
         self.unread = ImageFinder(None, check=False)
-        self.numbers: dict[str, int] = {}  # of sources
-        self.states: dict[tuple[int, int, int], int] = {(-1, -1, -1): 0}  # source, reason, unread; 0: a blank line
-        self.groups: dict[tuple, tuple[int, int]] = {}  # source, question, images: state and group
+        self.states: dict[tuple[str, int, int], int] = {("", -1, -1): 0}  # source, reason, unread; 0: a blank line
+        # Rows of one question stand together: the last source, question and images, and their state and group.
+        self.last: tuple[tuple, tuple[int, int]] = (), (0, 0)
         self.n_lines = 0
         self.own_ids: dict[int, str] = {}  # by line
-        # A part has, of each line, its state, group, number of scores, length and checksum, then all scores, then words.
-        self.part: tuple[list, ...] = ([], [], [], [], [], [], [])
-        self.parts: list[tuple[np.ndarray, ...]] = []
+        self.columns = _Columns(*([] for _ in _Columns._fields))
+        self.arrays: list[_Arrays] = []
 
     def add(self, lines: list[bytes], utf8: bool | None = None) -> None:
         """Read some lines. `utf8`: whether they are known to be UTF-8, or not to be."""
         if utf8 is None:
-            utf8 = _is_utf8(b"".join(lines))
+            utf8 = is_utf8(b"".join(lines))
         # The narrow way does not look into the strings that it skips: they must be UTF-8 all the same.
         if utf8 and self._narrow(lines):
             return
@@ -174,51 +205,65 @@ class _Rows:
         self.add(lines[half:], utf8 or None)
 
     def _narrow(self, lines: list[bytes]) -> bool:
+        """Read lines of which none is unusual; else return False, and remember nothing of them."""
         try:
             rows = list(map(_decode, lines))
-            questions = [row.question_orig or _question(row) for row in rows]
+            found = self._groups(rows)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return False
+        if found is None:
+            return False
+        counts = list(map(len, map(_steps, rows)))
         steps = list(chain.from_iterable(map(_steps, rows)))
         texts, scores, totals = (list(map(field, steps)) for field in (_step, _score, _total))
-        counts = [len(row.steps_with_score) for row in rows]
-        if not all(map(str.strip, texts)):
+        if not all(counts) or not all(map(str.strip, texts)):
             return False
         if self.drop_answer_step or 0 in totals:
             ends = list(accumulate(counts))
             if self.drop_answer_step:
                 for end in ends:
-                    if end and states_answer(texts[end - 1]):
+                    if states_answer(texts[end - 1]):
                         totals[end - 1] = 0
             scores = [score for score, total in zip(scores, totals, strict=True) if total != 0]
             counts = [sum(total != 0 for total in totals[end - n : end]) for end, n in zip(ends, counts, strict=True)]
-        if not all(counts):
-            return False
-        sources = self.sources[self.n_lines : self.n_lines + len(lines)] or [self.source] * len(lines)
-        groups = []
-        for row, question, source in zip(rows, questions, sources, strict=False):
-            images = row.images or row.image or row.image_url or ()
-            key = (row.source or source, question, images)
-            found = self.groups.get(key) or self._new_group(key)
-            if found is None:
+            if not all(counts):
                 return False
-            groups.append(found)
-        if len(groups) < len(lines):
-            return False
         ids = list(map(_rollout_id, rows))
         if any(ids):
             self.own_ids |= {number: own for number, own in enumerate(ids, self.n_lines) if own}
-        self._append(lines, groups, counts, scores)
+        self._append(lines, *found, counts, scores)
         if self.count_words:
             n_words = [len(text.split()) for text, total in zip(texts, totals, strict=True) if total != 0]
             ends = list(accumulate(counts))
-            self.part[6].extend(sum(n_words[end - n : end]) for end, n in zip(ends, counts, strict=True))
+            self.columns.words.extend(sum(n_words[end - n : end]) for end, n in zip(ends, counts, strict=True))
         return True
 
+    def _groups(self, rows: list[_Raw]) -> tuple[list[int], list[int]] | None:
+        """States and groups of rows; None if one of them has no question."""
+        sources = self.sources[self.n_lines : self.n_lines + len(rows)]
+        if len(sources) < len(rows):
+            sources = repeat(self.source)
+        states, groups = [], []
+        last, (state, group) = self.last
+        for row, source in zip(rows, sources, strict=False):
+            images = row.images or row.image or row.image_url or ()
+            key = row.source or source, row.question_orig or _question(row), images
+            if key != last:
+                prompt = _prompt(key[1])
+                if not prompt:
+                    return None
+                state, group = self._group(key[0], prompt, (images,) if isinstance(images, str) else images)
+                last = key
+            states.append(state)
+            groups.append(group)
+        self.last = last, (state, group)
+        return states, groups
+
     def _careful(self, line: bytes) -> None:
+        """Read a line as `load_rollouts` does, which says why it is refused."""
         own_id, scores, texts = None, [], []
         if line.isspace():
-            group = (0, 0)
+            state, group = 0, 0
         else:
             record = parse(line)
             source = self.sources[self.n_lines] if self.n_lines < len(self.sources) else self.source
@@ -227,91 +272,92 @@ class _Rows:
                 row = to_row(record, self.drop_answer_step)
             except Refused as refused:
                 reason = REASONS.index(refused.reason)
-                group = self._state(source, reason, reason), 0
+                state, group = self._state(source, reason, reason), 0
             else:
                 scores = [score for score in row["mc_scores"] if score is not None]
                 texts = [
                     text for text, score in zip(row["completions"], row["mc_scores"], strict=True) if score is not None
                 ]
                 own_id = own_text(record, "rollout_id")
-                group = self._group(source, row["prompt"], image_list(record))
+                state, group = self._group(source, row["prompt"], image_list(record))
         if own_id:
             self.own_ids[self.n_lines] = own_id
-        self._append([line], [group], [len(scores)], scores)
+        self._append([line], [state], [group], [len(scores)], scores)
         if self.count_words:
-            self.part[6].append(sum(len(text.split()) for text in texts))
+            self.columns.words.append(sum(len(text.split()) for text in texts))
 
     def _append(
-        self, lines: list[bytes], groups: list[tuple[int, int]], counts: list[int], scores: list[float]
+        self, lines: list[bytes], states: list[int], groups: list[int], counts: list[int], scores: list[float]
     ) -> None:
         self.n_lines += len(lines)
-        self.part[0].extend([state for state, _ in groups])
-        self.part[1].extend([group for _, group in groups])
-        self.part[2].extend(counts)
-        self.part[3].extend(map(len, lines))
-        self.part[4].extend(map(_check, lines))
-        self.part[5].extend(scores)
+        self.columns.state.extend(states)
+        self.columns.group.extend(groups)
+        self.columns.n_steps.extend(counts)
+        self.columns.length.extend(map(len, lines))
+        self.columns.check.extend(map(xxhash.xxh3_64_intdigest, lines))
+        self.columns.scores.extend(scores)
 
-    def _new_group(self, key: tuple) -> tuple[int, int] | None:
-        source, question, images = key
-        prompt = IMAGE_PLACE.sub("", question or "").strip()
-        if not prompt:
-            return None
-        if len(self.groups) >= 1000:  # rows of one question stand together
-            self.groups.clear()
-        found = self.groups[key] = self._group(source, prompt, (images,) if isinstance(images, str) else images)
-        return found
-
-    def _group(self, source: str, prompt: str, images: Iterable) -> tuple[int, int]:
+    def _group(self, source: str, prompt: str, images: Sequence) -> tuple[int, int]:
         """State and group of a row whose text and scores are good; its images may not be."""
-        found = [self.finder.look(image) for image in images]
-        faults = [image for image in found if isinstance(image, Refused)]
-        if not faults:
-            return self._state(source, -1, -1), group_hash(source, prompt, found)
-        reason = unread = REASONS.index(faults[0].reason)
+        found = [*map(self.finder.look, images)]
+        reason = unread = _fault(found)
         if reason == IMAGE_MISSING:  # and if images are not looked for?
-            found = [self.unread.look(image) for image in images]
-            faults = [image for image in found if isinstance(image, Refused)]
-            unread = REASONS.index(faults[0].reason) if faults else -1
-        return self._state(source, reason, unread), 0 if faults else group_hash(source, prompt, found)
+            found = [*map(self.unread.look, images)]
+            unread = _fault(found)
+        return self._state(source, reason, unread), group_hash(source, prompt, found) if unread < 0 else 0
 
     def _state(self, source: str, reason: int, unread: int) -> int:
-        number = self.numbers.setdefault(source, len(self.numbers))
-        return self.states.setdefault((number, reason, unread), len(self.states))
+        return self.states.setdefault((source, reason, unread), len(self.states))
 
-    def end_part(self) -> None:
-        types = (np.int32, np.uint64, np.int64, np.uint32, np.uint64, np.float64, np.uint32)
-        state, group, count, length, check, scores, words = map(np.array, self.part, types)
-        n_steps, n_pos, mc_sum, _ = step_sums(scores, np.concatenate([[0], np.cumsum(count)]))
-        self.parts.append((state, n_steps, n_pos, mc_sum, length, check.astype(np.uint32), group, words))
-        for column in self.part:
+    def to_arrays(self) -> None:
+        """Numbers of lines become arrays, a tenth of their size."""
+        columns = self.columns
+        n_steps, n_pos, mc_sum, _ = step_sums(
+            np.array(columns.scores, np.float64), np.concatenate([[0], np.cumsum(columns.n_steps, dtype=np.int64)])
+        )
+        self.arrays.append(
+            _Arrays(
+                np.array(columns.state, np.int32),
+                n_steps,
+                n_pos,
+                mc_sum,
+                np.array(columns.group, np.uint64),
+                np.array(columns.length, np.uint32),
+                np.array(columns.check, np.uint64).astype(np.uint32),
+                np.array(columns.words, np.uint32),
+            )
+        )
+        for column in columns:
             column.clear()
 
     def scores(self, shard: Shard) -> Scores:
-        self.end_part()
-        columns = map(np.concatenate, zip(*self.parts, strict=True))
-        state, n_steps, n_pos, mc_sum, length, check, group, words = columns
-        first, kind = unique_rows([state, n_steps, n_pos, mc_sum])
+        self.to_arrays()
+        lines = _Arrays(*map(np.concatenate, zip(*self.arrays, strict=True)))
+        first, kind = unique_rows([lines.state, lines.n_steps, lines.n_pos, lines.mc_sum])
         kinds = np.empty(len(first), KIND)
-        for name, column in zip(("source", "reason", "unread"), zip(*self.states, strict=True), strict=True):
-            kinds[name] = np.array(column)[state[first]]
-        kinds["n_steps"], kinds["n_pos"], kinds["mc_sum"] = n_steps[first], n_pos[first], mc_sum[first]
-        if len(first) and state[first[0]] == 0:  # blank lines come first
+        names, reason, unread = zip(*self.states, strict=True)
+        sources = {name: number for number, name in enumerate(dict.fromkeys(names[1:]))}
+        source = [-1, *map(sources.get, names[1:])]
+        for name, column in {"source": source, "reason": reason, "unread": unread}.items():
+            kinds[name] = np.array(column)[lines.state[first]]
+        for name in ("n_steps", "n_pos", "mc_sum"):
+            kinds[name] = getattr(lines, name)[first]
+        if len(first) and lines.state[first[0]] == 0:  # blank lines come first
             kinds, kind = kinds[1:], kind - 1
         ids = pa.array(map(self.own_ids.get, range(len(kind))), pa.string()) if self.own_ids else None
         return Scores(
             shard.index,
             shard.place,
             shard.source,
-            tuple(self.numbers),
+            tuple(sources),
             kinds,
             kind.astype(np.int32),
-            group,
-            length,
-            check,
+            lines.group,
+            lines.length,
+            lines.check,
             self.drop_answer_step,
             ids=ids,
-            words=words if self.count_words else None,
+            words=lines.words if self.count_words else None,
         )
 
 
@@ -319,12 +365,28 @@ def _question(row: _Raw) -> str | None:
     return (_decode_text(row.question) if bytes(row.question) else None) or row.prompt
 
 
-def _check(line: bytes) -> int:
+def _prompt(question: str | None) -> str:
+    if question is None:
+        return ""
+    return (IMAGE_PLACE.sub("", question) if "<image>" in question else question).strip()
+
+
+def _fault(images: list) -> int:
+    """Why the first one that cannot be used cannot; -1 if all can."""
+    for image in images:
+        if isinstance(image, Refused):
+            return REASON_NUMBERS[image.reason]
+    return -1
+
+
+def _checksum(line: bytes) -> int:
     return xxhash.xxh3_64_intdigest(line) & 0xFFFFFFFF
 
 
-def _is_utf8(text: bytes) -> bool:
+def is_utf8(text: bytes) -> bool:
     """The same answer as `text.decode()`, some times faster."""
+    if text.isascii():
+        return True
     offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
     try:
         pa.Array.from_buffers(pa.large_string(), 1, [None, offsets, pa.py_buffer(text)]).validate(full=True)
@@ -335,7 +397,10 @@ def _is_utf8(text: bytes) -> bool:
 
 def group_hash(source: str, prompt: object, images: Iterable) -> int:
     """A number for the group of rollouts that share an image and a question, the same on every machine."""
-    text = "\0".join((source, *question_key(prompt, images)))
+    try:
+        text = "\0".join((source, prompt, *images))
+    except TypeError:  # not all of them are paths
+        text = "\0".join((source, *question_key(prompt, images)))
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
@@ -379,7 +444,7 @@ def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: Binary
     rows = kept_rows(scores, cut)
     checks = iter(scores.check[rows].tolist())
     for seen, line in lines_at(shard, rows, scores.length):
-        if _check(seen) != next(checks):
+        if _checksum(seen) != next(checks):
             raise ValueError(f"{shard.place} changed while it was read: run again when nothing writes to it")
         kept.write(line if line.endswith(b"\n") else line + b"\n")
     reason = reason_of_kinds(scores.kinds, cut.check_images)
