@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test lint install
+.PHONY: demo study test test-lowest lint install
 
 # make demo            the main job on the embedded default, about eight minutes on two cores
 # make demo QUICK=1    smaller, one seed, about two minutes
@@ -18,8 +18,15 @@ study: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# make test-lowest     the same with the lowest versions that pyproject.toml allows (needs uv)
+test-lowest:
+	uv venv --python $(PYTHON) .venv-lowest
+	uv pip install --python .venv-lowest --resolution lowest-direct --editable ".[dev]"
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+# make lint            ruff's checks and format, mypy's types
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 install: $(VENV)/installed
 
