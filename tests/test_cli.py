@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import make_rows, picture
 
+import trl_mprm
 from trl_mprm import ProcessRewardModel
 from trl_mprm.cli import main
 
@@ -106,6 +107,94 @@ def test_score(trained, benchmark, capsys):
     expected = ProcessRewardModel.from_pretrained(trained).score([benchmark / "0-0.png"], "How many?", steps)
     printed = capsys.readouterr().out
     assert all(f"{score:.4g}" in printed for score in expected)
+
+
+def test_score_ranks_candidates(trained, benchmark, capsys):
+    texts = ["the tile 1 is red\n\nso it is 1", "the tile 2 is blue", "three"]
+    argv = ["--image", str(benchmark / "0-0.png"), "--question", "How many?", "--aggregate", "min"]
+    argv += [word for text in texts for word in ("--candidate", text)]
+    assert main(["score", trained, *argv]) == 0
+    table = capsys.readouterr().out.splitlines()
+    prm = ProcessRewardModel.from_pretrained(trained)
+    ranking = prm.best_of_n([benchmark / "0-0.png"], "How many?", texts, "min", split="blank_line")
+    assert [line.split()[1] for line in table[2:]] == [str(candidate.index + 1) for candidate in ranking]
+    assert main(["score", trained, *argv, "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["rank"] for record in records] == [
+        1 + [candidate.index for candidate in ranking].index(number) for number in range(3)
+    ]
+    assert [record["score"] for record in sorted(records, key=lambda record: record["rank"])] == pytest.approx(
+        [candidate.score for candidate in ranking], abs=1e-6
+    )
+
+
+def test_score_reads_rows_of_any_format(trained, rollouts, tmp_path, capsys, monkeypatch):
+    """Raw annotations, rows without labels, candidates; from a file and, the same, from standard input."""
+    raw = json.loads((rollouts / "a.jsonl").read_text().splitlines()[0])
+    lines = [
+        raw,
+        {"prompt": "q", "completions": ["a", "b"], "mine": 7},
+        {"prompt": "q", "completions": [" "]},
+        {"prompt": "q", "completions": ["x" * 600]},
+        {"prompt": "p", "candidates": [["a"], "b\n\nc", 3]},
+    ]
+    file, output = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n\n" for line in lines) + "{\n")
+    assert main(["score", trained, str(file), "--image-root", str(rollouts), "--output", str(output)]) == 0
+    printed = capsys.readouterr()
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [len(record["step_scores"]) for record in records] == [len(raw["steps_with_score"]), 2, 1, 2]
+    assert records[0]["image"] == raw["image"] and records[1]["mine"] == 7
+    assert [record["rank"] for record in records[:2]] == [1, 1] and {record["rank"] for record in records[2:]} == {
+        1,
+        2,
+    }
+    steps = [step["step"] for step in raw["steps_with_score"]]
+    prm = ProcessRewardModel.from_pretrained(trained)
+    images = [rollouts / "images" / Path(path).name for path in raw["image"]]
+    assert records[0]["step_scores"] == pytest.approx(prm.score(images, raw["question_orig"], steps), abs=1e-5)
+    refused = [line for line in printed.err.splitlines() if line.startswith("refused: ")]
+    assert refused[0] == f"refused: 1 step_without_text, the first at {file}:5"
+    assert len(refused) == 4 and "and this model reads N" in refused[1]
+    assert refused[2].endswith("rows.jsonl:9, candidate 3") and refused[3].startswith("refused: 1 not_json")
+    assert f"scores: {output}" in printed.out and "lowest P(good)" in printed.out
+    with file.open("rb") as stream:
+        monkeypatch.setattr("sys.stdin", type("Stream", (), {"buffer": stream}))
+        assert main(["score", trained, "-", "--image-root", str(rollouts), "--json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records
+
+
+def test_score_of_a_model_that_is_not_a_number(trained, tmp_path, capsys):
+    prm = ProcessRewardModel.from_pretrained(trained)
+    prm.model.lm_head.weight.data.fill_(float("nan"))
+    prm.save_pretrained(tmp_path / "nan")
+    argv = ["score", str(tmp_path / "nan"), "--question", "q", "--step", "a", "--output", str(tmp_path / "a.jsonl")]
+    assert main(argv) == 2
+    assert "error: the model's scores are not numbers (NaN)" in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "expected solutions: either INPUT"),
+        (["-", "--question", "q"], "expected solutions: either INPUT"),
+        (["--question", "q"], "--question needs a solution"),
+        (["--question", "q", "--step", "a", "--candidate", "b"], "--question needs a solution"),
+        (["-", "--step", "a"], "belong to --question"),
+        (["none.jsonl"], "none.jsonl: no such file"),
+        (["-", "--output", "a.txt"], "expected a name that ends in .jsonl"),
+    ],
+)
+def test_score_is_told_what_to_score(argv, message, capsys):
+    assert main(["score", "a-model-that-is-not-looked-for", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"trl-mprm {trl_mprm.__version__}\n"
 
 
 def test_best_of_n(trained):

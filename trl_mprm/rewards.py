@@ -146,25 +146,32 @@ def score_completions(
     """
     if images is not None and len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with images for {len(images)}: expected as many")
-    scored: dict[int, Scored] = {}
-    groups: dict[Any, list[int]] = {}
-    rows: dict[int, dict[str, Any]] = {}
+    rows: list[dict[str, Any] | ValueError] = []
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         try:
             row = {"images": (images[index] if images is not None else None) or [], "prompt": said(prompt, "user")}
-            row["completions"] = split_steps(said(completion, "assistant"), split)
-            if row["completions"]:
-                groups.setdefault(question_key(row["prompt"], images_of(row)), []).append(index)
-                rows[index] = row
-            else:
-                scored[index] = Scored([], [])
+            rows.append(row | {"completions": split_steps(said(completion, "assistant"), split)})
         except ValueError as error:
-            scored[index] = Scored([], [], error)
+            rows.append(error)
+    return score_rows(score_batch, rows)
+
+
+def score_rows(score_batch: ScoreBatch, rows: Sequence[dict[str, Any] | ValueError]) -> list[Scored]:
+    """Score rows, those of one question together; an error in a row's place stays that row's error."""
+    scored: dict[int, Scored] = {}
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        if isinstance(row, ValueError):
+            scored[index] = Scored([], [], row)
+        elif not row["completions"]:
+            scored[index] = Scored([], [])
+        else:
+            groups.setdefault(question_key(row["prompt"], images_of(row)), []).append(index)
     together = [group for group in groups.values() if len(group) > 1]
     alone = [group[0] for group in groups.values() if len(group) == 1]
     for group in [*together, alone]:
         scored |= zip(group, _score_or_tell(score_batch, [rows[index] for index in group]), strict=True)
-    return [scored[index] for index in range(len(prompts))]
+    return [scored[index] for index in range(len(rows))]
 
 
 def _score_or_tell(score_batch: ScoreBatch, rows: list[dict[str, Any]]) -> list[Scored]:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from .. import __version__
 from . import card, convert, demo, evaluate, score, select, serve, train
 
 
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "trl-mprm", description="Multimodal process reward models on the Hugging Face stack"
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
         required=True, metavar="select | train | score | evaluate | serve | export | card | convert | demo"
     )

@@ -1,23 +1,142 @@
-"""`trl-mprm score`: the steps of a solution, scored."""
+"""`trl-mprm score`: the steps of solutions, scored; the solutions of a question, ranked."""
 
 import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
 
-from .arguments import ShowDefaults, add_model_arguments, load_prm, print_table
+from ..data.aggregates import AGGREGATES
+from ..data.splitting import SPLITS, split_steps
+from ..files import atomic_output
+from .arguments import ShowDefaults, add_model_arguments, load_prm, positive, print_table
+
+
+SHOWN = 20  # solutions in the table; all are in the JSONL
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("score", help="score the steps of one solution", formatter_class=ShowDefaults)
+    command = commands.add_parser("score", help="score steps, rank solutions", formatter_class=ShowDefaults)
     command.set_defaults(command=score)
     add_model_arguments(command)
-    command.add_argument("--image", action="append", default=[], help="picture, in order; repeat for several")
-    command.add_argument("--question", required=True)
-    command.add_argument("--step", action="append", required=True, help="a step; repeat for each, in order")
+    command.add_argument(
+        "input",
+        nargs="?",
+        help="solutions to score: a file of rows as `select` reads them, annotated or not, or - for JSONL on standard "
+        "input; a row with `candidates` holds several solutions",
+    )
+    command.add_argument("--question", help="a question, in place of INPUT")
+    command.add_argument("--image", action="append", default=[], help="its picture, in order; repeat for several")
+    command.add_argument("--step", action="append", default=[], help="a step; repeat for each, in order")
+    command.add_argument("--candidate", action="append", default=[], help="a whole solution; repeat for each, to rank")
+    command.add_argument("--split", default="blank_line", choices=SPLITS, help="how a whole solution becomes steps")
+    command.add_argument("--aggregate", default="mean", choices=AGGREGATES, help="how steps make a solution's score")
+    command.add_argument("--image-root", help="folder of the images; default: the folder of INPUT")
+    command.add_argument("--batch-size", type=positive, default=8)
+    command.add_argument(
+        "--output", help="*.jsonl: the rows with `step_scores`, `score`, and `rank` in their question"
+    )
+    command.add_argument("--json", action="store_true", help="print these rows in place of a table")
 
 
 def score(args: argparse.Namespace) -> int:
-    prm = load_prm(args)
-    scores = prm.score(args.image, args.question, args.step)
-    rows = zip(range(1, len(scores) + 1), args.step, scores, strict=True)
-    print_table([["step", "text", "P(good)"], *map(list, rows)])
-    print(f"\nmean (best-of-N score): {sum(scores) / len(scores):.4f}")
+    _check(args)
+    solutions = _solutions(args)
+    records, refused = _scored(load_prm(args), solutions, args)
+    lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
+    if args.output:
+        with atomic_output(args.output) as part:
+            part.write_text("".join(lines), encoding="utf-8")
+    if args.json:
+        sys.stdout.writelines(lines)
+    elif len(records) == 1:
+        (record,) = records
+        steps = zip(map(_shown, record["completions"]), record["step_scores"], strict=True)
+        print_table([["step", "text", "P(good)"], *([number, *step] for number, step in enumerate(steps, 1))])
+        print(f"\n{'mean (best-of-N score)' if args.aggregate == 'mean' else args.aggregate}: {record['score']:.4f}")
+    else:
+        _print_ranking(records)
+    for reason, (place, *others) in refused.items():
+        print(f"refused: {1 + len(others)} {reason}, the first at {place}", file=sys.stderr)
+    if args.output and not args.json:
+        print(f"\nscores: {args.output}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.input is None) == (args.question is None):
+        raise ValueError("expected solutions: either INPUT (a file, or -), or --question with --step or --candidate")
+    if args.question is not None and bool(args.step) == bool(args.candidate):
+        raise ValueError("--question needs a solution: either --step for each step, or --candidate for each solution")
+    if args.input is not None and (args.step or args.candidate or args.image):
+        raise ValueError("--step, --candidate and --image belong to --question: the rows of INPUT have their own")
+    if args.output and not args.output.endswith(".jsonl"):
+        raise ValueError(f"--output is {args.output}, expected a name that ends in .jsonl")
+    if args.input not in (None, "-") and not Path(args.input).exists():
+        raise FileNotFoundError(f"{args.input}: no such file, expected one of solutions, or - for standard input")
+
+
+def _solutions(args: argparse.Namespace) -> list:
+    from ..data.solutions import Solution, read_solutions, solutions_of
+
+    if args.input == "-":
+        return list(solutions_of(sys.stdin.buffer, "standard input", args.image_root, args.split))
+    if args.input is not None:
+        return list(read_solutions(args.input, args.image_root, args.split))
+    candidates = [split_steps(text, args.split) for text in args.candidate] or [args.step]
+    rows = [{"prompt": args.question, "completions": steps, "images": args.image} for steps in candidates]
+    return [Solution(str(number), row, row) for number, row in enumerate(rows)]
+
+
+def _scored(prm, solutions: list, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """What is written of each solution that can be scored, and by reason the places of those that cannot."""
+    from ..data.rows import Reason, Refused, question_key
+    from ..rewards import kind_of, score_rows
+
+    rows = [one.row if isinstance(one.row, Refused) else one.row | {"rollout_id": one.place} for one in solutions]
+    results = score_rows(lambda batch: prm.score_batch(batch, args.batch_size), rows)
+    refused: dict[str, list[str]] = {}
+    errors: list[ValueError] = []
+    records: list[dict[str, Any]] = []
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for solution, row, result in zip(solutions, rows, results, strict=True):
+        if result.error is not None or not result.steps:
+            errors.append(result.error or Refused(Reason.EMPTY_STEPS))
+            reason = str(errors[-1].reason) if isinstance(errors[-1], Refused) else kind_of(errors[-1])
+            refused.setdefault(reason, []).append(solution.place)
+            continue
+        scored = {"step_scores": result.scores, "score": AGGREGATES[args.aggregate](result.scores)}
+        records.append({**solution.record, "completions": result.steps, **scored})
+        groups.setdefault(question_key(row["prompt"], row["images"]), []).append(records[-1])
+    if not records:
+        if len(errors) == 1:
+            raise errors[0]
+        reasons = "; ".join(f"{len(places)} {reason}" for reason, places in refused.items()) or "there are none"
+        raise ValueError(f"none of {len(solutions)} solutions can be scored: {reasons}")
+    for group in groups.values():
+        for rank, record in enumerate(sorted(group, key=lambda record: -record["score"]), 1):
+            record["rank"] = rank
+    return records, refused
+
+
+def _print_ranking(records: list[dict[str, Any]]) -> None:
+    """The best first where all answer one question; else in their order."""
+    numbered = list(enumerate(records, 1))
+    if sorted(record["rank"] for record in records) == [number for number, _ in numbered]:
+        numbered.sort(key=lambda pair: pair[1]["rank"])
+    rows = []
+    for number, record in numbered[:SHOWN]:
+        worst = min(range(len(record["step_scores"])), key=record["step_scores"].__getitem__)
+        lowest = f"{worst + 1}: {_shown(record['completions'][worst], 40)}"
+        rows.append(
+            [record["rank"], number, len(record["step_scores"]), record["score"], record["step_scores"][worst], lowest]
+        )
+    print_table([["rank", "solution", "steps", "score", "lowest P(good)", "of step"], *rows])
+    if len(records) > SHOWN:
+        print(f"... and {len(records) - SHOWN:,} more: --output or --json has all")
+
+
+def _shown(text: str, width: int = 70) -> str:
+    """A text on one line of a terminal."""
+    text = "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+    return text if len(text) <= width else text[: width - 3] + "..."

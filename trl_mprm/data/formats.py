@@ -62,6 +62,30 @@ def to_row(record: dict | None, drop_answer_step: bool = False) -> dict:
     return row
 
 
+def to_solution(record: dict | None) -> dict:
+    """
+    Question and steps of a record that need not be annotated, to be scored. Raises [`Refused`] with its [`Reason`].
+
+    Examples:
+    ```python
+    >>> from trl_mprm.data.formats import to_solution
+    >>> to_solution({"prompt": "1 + 1?", "completions": ["1 + 1 = 2."]})
+    {'prompt': '1 + 1?', 'completions': ['1 + 1 = 2.']}
+
+    ```
+    """
+    if record is None:
+        raise Refused(Reason.NOT_JSON)
+    steps = record.get("steps_with_score")
+    if isinstance(steps, list):
+        steps = [step.get("step") if isinstance(step, dict) else None for step in steps]
+        record = {**record, "completions": steps}
+    elif "completions" not in record:
+        record = _stepwise(record)
+    check_steps(record.get("completions"))
+    return {"prompt": prompt_text(record), "completions": record["completions"]}
+
+
 def states_answer(step: str) -> bool:
     """Whether a step says the final answer: "Final answer: 5", "The answer is 5", "Answer: 5", "\\boxed{5}"."""
     return re.search(r"final answer|\banswer(?: is|:)|\\boxed\b", step, re.IGNORECASE) is not None
