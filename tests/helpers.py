@@ -479,3 +479,30 @@ class CommitHub(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         pass
+
+
+class Served:
+    """A server in a thread of this process, on a free port."""
+
+    def __init__(self, app, protocol=None):
+        import uvicorn
+
+        from trl_mprm.serving.limits import BoundedConnections
+
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, port=0, http=protocol or BoundedConnections, log_level="critical")
+        )
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *error):
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()

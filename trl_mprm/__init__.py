@@ -19,6 +19,7 @@ _NAMES = {
     "ProcessRewardTrainer": "training.trainer",
     "DataCollatorForProcessReward": "training.collator",
     "ProcessRewardModel": "scoring",
+    "RemoteProcessRewardModel": "serving.client",
     "StepFormat": "prompting.step_format",
     "step_metrics": "evaluation.metrics",
     "evaluate_model": "evaluation.run",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .scoring import ProcessRewardModel
     from .selection.bis import add_bis
     from .selection.datasets import select, top_fraction
+    from .serving.client import RemoteProcessRewardModel
     from .training.collator import DataCollatorForProcessReward
     from .training.config import ProcessRewardConfig
     from .training.trainer import ProcessRewardTrainer

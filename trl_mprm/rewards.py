@@ -36,7 +36,7 @@ class StepReward:
         score (`float`):
             P(step good) in [0, 1].
         start, end (`int`):
-            The characters of the step, `text[start:end]`. See [`ProcessRewardModel.step_rewards`] for what the text is.
+            The characters of the step, `text[start:end]`. See [`StepScorer.step_rewards`] for what the text is.
         token_start, token_end (`int`, *optional*):
             The tokens that hold a character of the step, `ids[token_start:token_end]`; None for a completion that did
             not come as token ids. A token that holds the end of one step and the beginning of the next is in both.
@@ -67,7 +67,7 @@ def reward_function(
     unscored: float | None,
     name: str,
 ) -> Callable[..., list[float | None]]:
-    """The function that [`ProcessRewardModel.as_reward_func`] hands to TRL."""
+    """The function that [`StepScorer.as_reward_func`] hands to TRL."""
     counts: Counter[str] = Counter()
 
     def process_reward(
@@ -107,7 +107,7 @@ def step_rewards(
     split: str,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> list[list[StepReward] | None]:
-    """The steps of completions, see [`ProcessRewardModel.step_rewards`]."""
+    """The steps of completions, see [`StepScorer.step_rewards`]."""
     texts = completions if tokenizer is None else [decode(tokenizer, ids) for ids in completions]
     rewards: list[list[StepReward] | None] = []
     scored = score_completions(score_batch, prompts, texts, images, split)

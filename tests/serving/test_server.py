@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-import uvicorn
-from helpers import picture
+from helpers import Served, picture
 from PIL import Image
 
-from trl_mprm import ProcessRewardModel, StepFormat
-from trl_mprm.models.loading import add_marker, load_model, load_processing_class
+from trl_mprm import StepFormat
 from trl_mprm.serving.limits import BoundedConnections
 from trl_mprm.serving.messages import data_url, pooling_request
 from trl_mprm.serving.pictures import Limits, Pictures
@@ -25,35 +23,6 @@ from trl_mprm.serving.server import create_app
 
 
 SMALL = Limits(body_bytes=200_000, body_seconds=0.5, images=2, image_pixels=10_000, tokens=60, candidates=4, waiting=6)
-
-
-@pytest.fixture(scope="module")
-def prm(tiny_folders):
-    folder = tiny_folders["qwen2_5_vl"]
-    model, processing_class = load_model(folder), load_processing_class(folder, vision=True)
-    add_marker(model, processing_class, StepFormat())
-    return ProcessRewardModel(model, processing_class)
-
-
-class Served:
-    """A server in a thread of this process, on a free port."""
-
-    def __init__(self, app, protocol=BoundedConnections):
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, log_level="critical"))
-        self.thread = threading.Thread(target=self.server.run)
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        return self
-
-    def __exit__(self, *error):
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
