@@ -32,10 +32,27 @@ def test_the_second_run_of_the_demo_is_told_as_it_came_out():
     )
 
 
-def test_every_file_of_the_package_is_in_the_tree():
-    tree = (ROOT / "README.md").read_text()
-    for file in (ROOT / "trl_mprm").glob("[!_]*.py"):
-        assert f"  {file.name} " in tree
+def test_the_tree_names_every_wing_and_only_files_that_exist():
+    tree, wing, named = (ROOT / "README.md").read_text().split("## The tree")[1], None, set()
+    for line in tree.split("trl_mprm/\n")[1].split("recipes/")[0].splitlines():
+        names = re.match(r" *((?:[\w/.]+, )*[\w/.]+)", line)[1].split(", ")
+        wing = names[0] if line[2] != " " else wing
+        for name in names:
+            path = ROOT / "trl_mprm" / (name if line[2] != " " else wing + name)
+            assert path.exists(), f"the tree names {path}"
+            named.add(path.relative_to(ROOT / "trl_mprm").parts[0])
+    top = {path.name for path in (ROOT / "trl_mprm").glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
+    assert named | {"templates"} == top  # templates belong to the pages and cards
+
+
+def test_contributing_names_files_that_exist():
+    page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    linked, named = re.findall(r"\]\(\.\./([^)]*)\)", page), re.findall(r"`(tests/[\w/.]+|[\w/]+\.py)`", page)
+    assert linked and named
+    for path in linked:
+        assert (ROOT / path).exists(), path
+    for path in named:
+        assert (ROOT / path).exists() or (ROOT / "trl_mprm" / path).exists(), path
 
 
 def test_the_study_is_quoted_as_its_table_says():
