@@ -27,3 +27,32 @@ def plain(text: str, longest: int | None = None) -> str:
     if longest is None or len(text) <= longest:
         return text
     return f"{text[:longest]} … ({len(text) - longest:,} more characters)"
+
+
+def one_line(text: str) -> str:
+    """A name as plain text on one line, for a terminal and for tables."""
+    return " ".join(plain(str(text)).split())
+
+
+def markdown(text: str) -> str:
+    """
+    A name for Markdown and its tables: it stays text, and starts no link, picture, HTML, code, emphasis or heading.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.text import markdown
+    >>> markdown("a|b\\n# [c](javascript:d) <img>")
+    'a&#124;b # &#91;c&#93;(javascript:d) &lt;img&gt;'
+
+    ```
+    """
+    text = re.sub(r"[&<>\[\]`*|\\]", lambda found: _ENTITIES.get(found[0], f"&#{ord(found[0])};"), one_line(text))
+    return re.sub(r"^([#=]|[-+](?= )|-(?=--))", lambda found: f"&#{ord(found[0])};", text)
+
+
+def code(text: str) -> str:
+    """A name for a code span of Markdown, in which only a backtick ends the code."""
+    return one_line(text).replace("`", "'")
+
+
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}

@@ -389,7 +389,9 @@ def test_the_command_writes_everything(folder, tiny_folders, tmp_path, capsys): 
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert {test["p_value"] for test in results["comparison"]["tests"].values()} == {1.0}
     card = ModelCard.load(tmp_path / "prm" / "README.md")
-    assert card.data.model_name == "prm" and card.data.eval_results[0].dataset_name == "VisualProcessBench, other data"
+    assert card.data.model_name == "prm"
+    title = "VisualProcessBench, other data (2 of 26 items not scored)"
+    assert card.data.eval_results[0].dataset_name == title
     assert not (tmp_path / "prm" / ".eval_results").exists()
     # The same scores as without a command, and the words of before.
     prm = ProcessRewardModel.from_pretrained(prm)
@@ -465,8 +467,9 @@ def test_prmbench_scores_are_among_the_results(tmp_path):
     # Correct steps: 3 found, 1 (the second of multi_solutions) taken for wrong; wrong steps: 2 found.
     assert results["prmbench"]["overall"] == pytest.approx((2 * 3 / (2 * 3 + 1) + 2 * 2 / (2 * 2 + 1)) / 2)
     assert results["prmbench"]["multi_solutions"] == pytest.approx(2 / 3) and results["prmbench"]["simplicity"] == 1.0
-    write_report(tmp_path / "results", benchmark, "tiny")
-    report = (tmp_path / "results" / "results.md").read_text()
+    results["benchmark"]["hub_id"] = "hitsmy/PRMBench_Preview"
+    records = [json.loads(line) for line in (tmp_path / "results" / "scores.jsonl").read_text().splitlines()]
+    report = results_markdown(results, records, "tiny")
     assert "| **tiny** | **82.86** | **100.00** | **100.00** | **-** |" in report
     assert "| ReasonEval-7B | 60.0 | 61.0 | 50.1 | 62.1 |" in report
 
@@ -579,17 +582,43 @@ def test_markdown_stands_beside_published_rows_in_their_own_convention():
     assert "| VisualPRM-8B | 62.0 | 62.1 | 61.0 | 58.5 | 62.7 | 61.8 |" in visualprm and "BIS" not in visualprm
 
 
-def test_markdown_says_where_a_part_of_the_benchmark_was_measured(folder):  # noqa: F811
+def test_published_rows_stand_only_beside_the_published_data(folder):  # noqa: F811
+    """Twenty toy items once put a random model above a published one, in bold."""
     output = folder / "results"
     results = evaluate_model(MODEL, four_items(folder), 0.5, output_dir=output)
     records = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
     text = results_markdown(results, records, "tiny")
-    caveat = "This run read 4 records, and the published rows stand on 2,866: the row of this model does not compare"
-    assert text.count(caveat) == 2
+    assert "## Beside" not in text and "InternVL2.5-8B" not in text and "**" not in text
+    assert "The published rows stand on the 2,866 records of OpenGVLab/VisualProcessBench, and this run read 4" in text
     results["benchmark"]["hub_id"] = "OpenGVLab/VisualProcessBench"  # all were read, and some could not be scored
     results["n_solutions"] = 2860
     text = results_markdown(results, records, "tiny")
     assert text.count("The row of this model stands on 2,860 solutions, the others on 2,866.") == 2
+
+
+def test_the_title_says_what_is_missing(folder):  # noqa: F811
+    with pytest.warns(UserWarning, match="lines refused"):
+        benchmark = read_benchmark(write(folder, *[GOOD] * 2863, *[record(["good", ""], [1, 1])] * 3))
+    assert benchmark.hub_id == "OpenGVLab/VisualProcessBench"
+    assert benchmark.title == "VisualProcessBench (3 of 2,866 records refused)"
+    assert benchmark.titled(2) == "VisualProcessBench (3 of 2,866 records refused, 2 of 2,863 items not scored)"
+
+
+def test_names_cannot_break_a_report(folder):  # noqa: F811
+    name = "a\n# b <img src=x onerror=alert(1)> [c](javascript:d) `e` **f**|g"
+    rows = [record(["good", "bad"], [1, -1], question=f"{i}?", data_source=f"{name} {i % 2}") for i in range(4)]
+    benchmark = read_benchmark(write(folder, *rows))
+    evaluate_model(MODEL, benchmark, 0.5, output_dir=folder / "results")
+    (folder / name.replace("/", "")).mkdir()
+    other = folder / name.replace("/", "") / "scores.jsonl"
+    other.write_bytes((folder / "results" / "scores.jsonl").read_bytes())
+    text = write_report(folder / "results", benchmark, name, compare=other)[0].read_text().split("\n---\n", 1)[1]
+    safe = (
+        "a # b &lt;img src=x onerror=alert(1)&gt; &#91;c&#93;(javascript:d) &#96;e&#96; &#42;&#42;f&#42;&#42;&#124;g"
+    )
+    assert text.lstrip().startswith(f"# {safe} on VisualProcessBench") and f"## Against {safe}\n" in text
+    assert f"| {safe} 0 | 4 |" in text
+    assert not re.search(r"<img|\n# b|\[c\]|`e`", text)
 
 
 def test_published_tables_keep_conventions_apart():
@@ -657,7 +686,10 @@ def test_results_of_a_benchmark_go_into_cards(evaluated, tmp_path):
     # Results on other data do not go to the leaderboard of the published dataset.
     markdown, _ = write_report(output, benchmark, "someone/tiny")
     front = ModelCard.load(markdown).data.eval_results
-    assert {(each.dataset_type, each.dataset_name) for each in front} == {("VisualProcessBench, other data",) * 2}
+    assert {(each.dataset_type, each.dataset_name) for each in front} == {(results["benchmark"]["title"],) * 2}
+    assert front[0].dataset_name == (
+        "VisualProcessBench, other data (1 of 5 records refused, 1 of 4 items not scored)"
+    )
     published = Benchmark(benchmark.path, benchmark.items, benchmark.refused * (2866 - len(benchmark.items)))
     markdown, _, eval_results = write_report(output, published, "someone/tiny")
     entries = parse_eval_result_entries(yaml.safe_load(eval_results.read_text()))

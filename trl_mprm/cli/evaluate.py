@@ -74,7 +74,9 @@ def evaluate(args: argparse.Namespace) -> int:
             print(f"\nmetrics: {Path(args.output) / 'results.json'}\nscores: {Path(args.output) / 'scores.jsonl'}")
             print("\n".join(f"report: {path}" for path in reports))
         if args.update_card:
-            card = add_eval_results(args.model, benchmark.name, benchmark.title, benchmark.hub_id, metrics)
+            card = add_eval_results(
+                args.model, benchmark.name, metrics["benchmark"]["title"], benchmark.hub_id, metrics
+            )
             print(f"card: {card}")
     if state.num_processes > 1:
         state.destroy_process_group()

@@ -140,9 +140,16 @@ class Benchmark:
 
     @property
     def title(self) -> str:
-        """Name for cards, which tells records of one's own from the published ones."""
-        entry = self.entry
-        return entry.title if self.hub_id == entry.hub_id else f"{entry.title}, other data"
+        """Name for reports and cards, which tells other data and refused records from the published, complete ones."""
+        return self.titled(n_failed=0)
+
+    def titled(self, n_failed: int) -> str:
+        """The title where so many of the items could not be scored."""
+        title = self.entry.title if self.hub_id == self.entry.hub_id else f"{self.entry.title}, other data"
+        n_refused, n_items = len(self.refused), len(self.items)
+        missing = [f"{n_refused:,} of {n_items + n_refused:,} records refused"] if n_refused else []
+        missing += [f"{n_failed:,} of {n_items:,} items not scored"] if n_failed else []
+        return f"{title} ({', '.join(missing)})" if missing else title
 
     @property
     def report(self) -> dict[str, Any]:

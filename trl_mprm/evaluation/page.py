@@ -84,7 +84,7 @@ def evaluation_page(
     return render_page(
         "evaluation.html",
         model=model_name,
-        title=benchmark.title,
+        title=results["benchmark"]["title"],
         summary=task.summary(results),
         report=results["benchmark"],
         results=results,

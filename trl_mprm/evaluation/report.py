@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..cards.model_card import eval_results, eval_results_yaml
 from ..files import atomic_output, write_json
+from ..text import markdown
 from .benchmarks import BENCHMARKS, Benchmark, BenchmarkEntry
 from .page import evaluation_page
 from .published_results import PublishedTable
@@ -55,7 +56,7 @@ def write_report(
         tests = compare_models(folder / "scores.jsonl", compare, _protocol(results))
         results["comparison"] = {"other": Path(compare).parent.name or str(compare), "tests": tests}
         write_json(results, folder / "results.json")
-    entries = eval_results(benchmark.hub_id, results, benchmark.title)
+    entries = eval_results(benchmark.hub_id, results, results["benchmark"]["title"])
     card = ModelCard(f"---\n{ModelCardData(model_name=model_name, eval_results=entries)}\n---\n")
     texts = {
         folder / "results.md": f"{card}{results_markdown(results, records, model_name)}",
@@ -83,18 +84,29 @@ def results_markdown(results: dict[str, Any], records: Sequence[dict[str, Any]],
     """
     report = results["benchmark"]
     entry = BENCHMARKS[report["name"]]
-    lines = [f"# {model_name} on {report['title']}", "", f"{entry.task.summary(results)}, figures in percent."]
+    lines = [
+        f"# {markdown(model_name)} on {report['title']}",
+        "",
+        f"{entry.task.summary(results)}, figures in percent.",
+    ]
     if entry.task.labelled:
         lines[-1] += f" Threshold: {PROTOCOLS[results['threshold_protocol']]}."
     lines += ["", *_notes(report)]
     for table in entry.task.tables:
         lines += [*_markdown(table(results)), ""]
     if "comparison" in results:
-        lines += [f"## Against {results['comparison']['other']}", ""]
+        lines += [f"## Against {markdown(results['comparison']['other'])}", ""]
         lines += ["Paired bootstrap by question over the items that both scored.", ""]
         lines += [*_markdown(comparison_rows(results["comparison"]["tests"])), ""]
-    for table in entry.published:
-        lines += _beside(table, entry, results, records, model_name)
+    if entry.published and report["hub_id"] is None:
+        lines += [
+            f"The published rows stand on the {entry.n_records:,} records of {entry.hub_id}, and this run read "
+            f"{report['read']:,} records of other data: they do not compare, and none is shown.",
+            "",
+        ]
+    else:
+        for table in entry.published:
+            lines += _beside(table, entry, results, records, model_name)
     return "\n".join(lines)
 
 
@@ -119,7 +131,7 @@ def _beside(
     if entry.own_scores is not None:
         own = entry.own_scores(measured)
     figures = [measured[table.overall], *(own.get(column) for column in table.columns)]
-    ours = [f"**{model_name}**", *(f"**{percent(figure)}**" for figure in figures)]
+    ours = [model_name, *map(percent, figures)]
     rows = [(100 * (figures[0] or 0), ours)]
     for model, *printed in table.shown():
         cells = ("-" if figure is None else f"{figure:.{table.decimals}f}" for figure in printed)
@@ -131,7 +143,12 @@ def _beside(
         lines += [f"Threshold of all rows: {ours_is}.", ""]
     else:
         lines += [f"Threshold of the published rows: {PROTOCOLS[table.threshold]}; of this model: {ours_is}.", ""]
-    return [*lines, *_incomplete(results), *_markdown([["model", "overall", *table.columns], *rows]), ""]
+    return [
+        *lines,
+        *_incomplete(results, entry.n_records),
+        *_markdown([["model", "overall", *table.columns], *rows], bold=ours),
+        "",
+    ]
 
 
 def _protocol(results: dict[str, Any]) -> float | str:
@@ -139,16 +156,8 @@ def _protocol(results: dict[str, Any]) -> float | str:
     return results["threshold"] if results["threshold_protocol"] == "fixed" else results["threshold_protocol"]
 
 
-def _incomplete(results: dict[str, Any]) -> list[str]:
-    """A caveat where the published rows stand on other or on more solutions."""
-    report = results["benchmark"]
-    expected = BENCHMARKS[report["name"]].n_records
-    if report["hub_id"] is None:
-        return [
-            f"This run read {report['read']:,} records, and the published rows stand on {expected:,}: the row of this "
-            "model does not compare with them.",
-            "",
-        ]
+def _incomplete(results: dict[str, Any], expected: int) -> list[str]:
+    """A caveat where the published rows stand on more solutions."""
     if results["n_solutions"] < expected:
         return [
             f"The row of this model stands on {results['n_solutions']:,} solutions, the others on {expected:,}.",
@@ -157,7 +166,8 @@ def _incomplete(results: dict[str, Any]) -> list[str]:
     return []
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+def _markdown(rows: list[list[str]], bold: list[str] | None = None) -> list[str]:
+    """A table in Markdown, whatever its cells hold; one row may be bold."""
+    escaped = [[f"**{markdown(cell)}**" if row is bold else markdown(cell) for cell in row] for row in rows]
     align = ["---", *("---:" for _ in rows[0][1:])]
     return [f"| {' | '.join(row)} |" for row in (escaped[0], align, *escaped[1:])]

@@ -95,7 +95,8 @@ def evaluate_model(
             if len(failed) == len(items):
                 raise ValueError(f"none of {len(items)} items could be scored; first, {first}")
             warnings.warn(f"{len(failed)} of {len(items)} items could not be scored; first, {first}", stacklevel=2)
-        results = {**task.measure(records, threshold), "benchmark": {**benchmark.report, "failed": failed}}
+        read = {**benchmark.report, "title": benchmark.titled(len(failed)), "failed": failed}
+        results = {**task.measure(records, threshold), "benchmark": read}
         if benchmark.entry.own_scores is not None:
             results[benchmark.name] = benchmark.entry.own_scores(results)
         if folder is not None:
