@@ -1,7 +1,6 @@
 """The race keeps what a selection keeps after all draws; its bounds hold for every outcome."""
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
@@ -36,9 +35,9 @@ def kept_with_all_draws(corpus, n, fraction, alpha) -> list[int]:
     return sorted(sorted(valid, key=lambda index: (-bis[index], index))[:quota])
 
 
-def run_race(corpus, n, fraction, alpha, bound, batch) -> tuple[Race, int]:
+def run_race(corpus, n, fraction, alpha, batch, error=0.0) -> tuple[Race, int]:
     tallies = [Tally.new(len(steps), n) for steps in corpus]
-    race = Race(tallies, fraction, alpha, bound)
+    race = Race(tallies, fraction, alpha, error)
     while indices := race.take(batch):
         for index in indices:
             for step, count in next_draws(tallies[index]):
@@ -59,7 +58,7 @@ def run_race(corpus, n, fraction, alpha, bound, batch) -> tuple[Race, int]:
 )
 def test_exact_race_keeps_what_all_draws_keep(kinds, n, fraction, alpha, batch, seed):
     corpus = draw(kinds, n, seed)
-    race, _ = run_race(corpus, n, fraction, alpha, partial(highest_bis, alpha=alpha), batch)
+    race, _ = run_race(corpus, n, fraction, alpha, batch)
     assert race.kept() == kept_with_all_draws(corpus, n, fraction, alpha)
     assert all(race.tallies[index].finished for index in race.kept())
 
@@ -106,9 +105,12 @@ def test_race_spends_less_than_a_third_on_a_corpus_like_the_papers():
         if rng.random() < 0.08:
             chance[rng.integers(1, len(chance)) :] = 0
         corpus.append((rng.random((len(chance), 16)) < chance[:, None]).tolist())
-    race, spent = run_race(corpus, 16, 0.1, 0.2, partial(highest_bis, alpha=0.2), batch=4)
+    race, spent = run_race(corpus, 16, 0.1, 0.2, batch=4)
     assert race.kept() == kept_with_all_draws(corpus, 16, 0.1, 0.2)
     assert spent < 0.3 * sum(len(steps) * 16 for steps in corpus)
+    confident, spent_confident = run_race(corpus, 16, 0.1, 0.2, batch=4, error=0.01)
+    assert spent_confident <= spent
+    assert len(set(confident.kept()) & set(race.kept())) >= 0.95 * len(race.kept())
 
 
 def test_beta_binomial_against_scipy():

@@ -18,7 +18,7 @@ rollout has all N draws of every step, so its scores are those of a full N and n
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -145,6 +145,35 @@ def beta_binomial(right: int, measured: int, left: int, prior: tuple[float, floa
     return pmf / pmf.sum()
 
 
+def fit_prior(tallies: Sequence[Tally]) -> tuple[float, float]:
+    """
+    The Beta prior under which the draws of all steps are likeliest, on a grid. When to stop was decided by these draws
+    alone, so that it does not bias the likelihood.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.annotation.budget import Tally, fit_prior
+    >>> [round(value, 2) for value in fit_prior([Tally(4, [4, 4, 0, 4], [4] * 4, [4] * 4)])]
+    [0.03, 0.01]
+
+    ```
+    """
+    pairs = [pair for tally in tallies for pair in zip(tally.right, tally.measured, strict=True) if pair[1]]
+    right, measured = np.array(pairs, int).reshape(-1, 2).T
+    longest = measured.max(initial=0) + 1
+    grid = np.geomspace(0.01, 20, 30)
+
+    def rising(start: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Sum over `counts` of log(start (start + 1) ... (start + count - 1)), of each `start`."""
+        logs = np.log(start[..., None] + np.arange(longest)).cumsum(-1)
+        return np.insert(logs, 0, 0.0, axis=-1) @ np.bincount(counts, minlength=longest + 1)
+
+    likelihood = rising(grid, right)[:, None] + rising(grid, measured - right)[None, :]
+    likelihood -= rising(grid[:, None] + grid[None, :], measured)
+    a, b = np.unravel_index(likelihood.argmax(), likelihood.shape)
+    return float(grid[a]), float(grid[b])
+
+
 def likely_bis(tally: Tally, alpha: float, error: float, prior: tuple[float, float]) -> float:
     """
     What the BIS of a rollout after all draws exceeds with a probability of at most `error`, by the Beta posterior.
@@ -223,18 +252,22 @@ class Race:
             The draws of each rollout, changed by whoever draws.
         fraction (`float`), alpha (`float`):
             Of the selection: `max(1, int(m * fraction))` of the `m` rollouts with a measured step are kept.
-        bound (`Callable`):
-            What the BIS of a rollout can become after all draws: [`highest_bis`] or [`likely_bis`] of its tally.
+        error (`float`, *optional*, defaults to `0.0`):
+            0: exact, bounds are [`highest_bis`]. Above: confident, bounds are [`likely_bis`] at this error, from a Beta
+            prior that is fitted to the draws each time these have doubled.
     """
 
     tallies: list[Tally]
     fraction: float
     alpha: float
-    bound: Callable[[Tally], float]
+    error: float = 0.0
     finished: list[tuple[float, int]] = field(default_factory=list)
     waiting: list[tuple[float, int]] = field(default_factory=list)
+    prior: tuple[float, float] = (0.5, 0.1)
+    refit_at: int = 0
 
     def __post_init__(self):
+        self.refit_at = 2 * sum(len(tally.asked) for tally in self.tallies)  # one draw per step says too little
         for index in range(len(self.tallies)):
             self.put_back(index)
 
@@ -244,10 +277,12 @@ class Race:
         if tally.finished:
             insort(self.finished, (-final_bis(tally, self.alpha), index))
         else:  # before the first measured step nobody knows whether it counts for the quota
-            heapq.heappush(self.waiting, (-self.bound(tally) if tally.known else -np.inf, index))
+            heapq.heappush(self.waiting, (-self._bound(tally) if tally.known else -np.inf, index))
 
     def take(self, limit: int) -> list[int]:
         """At most `limit` rollouts to draw on, best first; none when the race is over."""
+        if self.error:
+            self._refit()
         batch = []
         while self.waiting and len(batch) < limit and not self._beaten(self.waiting[0]):
             batch.append(heapq.heappop(self.waiting)[1])
@@ -255,12 +290,27 @@ class Race:
 
     def kept(self) -> list[int]:
         """The rollouts that the selection keeps, once the race is over."""
-        valid = [key for key in self.finished if key[0] <= 0]
-        return sorted(index for _, index in valid[: self.quota])
+        valid = [index for key, index in self.finished if key <= 0]
+        return sorted(valid[: self.quota])
 
     @property
     def quota(self) -> int:
         return max(1, int(sum(tally.known for tally in self.tallies) * self.fraction))
 
+    def _bound(self, tally: Tally) -> float:
+        if self.error:
+            return likely_bis(tally, self.alpha, self.error, self.prior)
+        return highest_bis(tally, self.alpha)
+
     def _beaten(self, key: tuple[float, int]) -> bool:
-        return len(self.finished) >= self.quota and self.finished[self.quota - 1] < key
+        quota = self.quota
+        return len(self.finished) >= quota and self.finished[quota - 1] < key
+
+    def _refit(self) -> None:
+        spent = sum(sum(tally.measured) for tally in self.tallies)
+        if spent < self.refit_at:
+            return
+        self.refit_at, self.prior = 2 * spent, fit_prior(self.tallies)
+        waiting, self.waiting = self.waiting, []
+        for _, index in waiting:
+            self.put_back(index)

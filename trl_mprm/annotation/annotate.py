@@ -1,0 +1,300 @@
+"""
+Annotate rollouts by Monte Carlo: questions or rollouts in, rows with step scores out.
+
+    {"prompt": "add red blue", "answer": "2", "completions": ["from 0", "red is 7 total 7", "blue is 5 total 2"]}
+    ->  {..., "mc_scores": [0.8125, 0.9375, 1.0], "mc_counts": [13, 15, 16], "mc_total": 16, "draws": [...]}
+
+`budget="all"` draws N continuations of every step. `budget="bis"` returns the rows that a selection by BIS would keep
+after all draws, each with all its draws, and spends on the others only what it takes to rule them out.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, Features
+from tqdm.auto import tqdm
+
+from ..files import write_json
+from .budget import Race, Tally, next_draws
+from .checkers import Checker, find_checker
+from .drawing import Drawing, cost
+from .output import annotated_row, evidence, raw_record, to_dataset, write_jsonl, write_parquet
+from .policies import Policy, open_policy
+from .progress import Progress
+from .questions import Rollout, from_rows
+
+
+BATCH = 64  # rollouts that are drawn on at once
+MAX_STEPS = 12  # of a sampled solution, as in VisualPRM400K
+
+
+def annotate(
+    rows: Iterable[Mapping[str, Any]],
+    policy: str | Callable[..., list[str]] | Policy,
+    *,
+    checker: str | Checker | None = None,
+    n: int = 16,
+    solutions: int = 4,
+    budget: Literal["all", "bis"] = "all",
+    fraction: float = 0.1,
+    alpha: float = 0.2,
+    mode: Literal["exact", "confident"] = "exact",
+    error: float = 0.01,
+    seed: int = 0,
+    output: str | os.PathLike,
+    format: Literal["rows", "visualprm-raw"] = "rows",
+    price: float | None = None,
+    **sampling: Any,
+) -> Dataset:
+    """
+    Score every step by `n` continuations of a policy, and write the rows to `output`.
+
+    Beside the output stand `NAME.draws.jsonl`, the draws that were paid for, and `NAME.annotation.json`, what was spent,
+    per source. A run that was killed is finished by running it again: it pays for no draw twice, and the result is that
+    of an uninterrupted run.
+
+    Args:
+        rows (`Iterable[Mapping]`):
+            Rows with `prompt`, `answer`, and where there are any `images`, `completions`, `source`, `rollout_id`.
+            Questions without `completions` are solved first.
+        policy (`str`, `Callable` or [`Policy`]):
+            URL of an OpenAI-compatible server (`http://...`); Hub id or folder of a model; or a function
+            `policy(images, prompt, steps, n, seed) -> list[str]`, the `n` continuations after `steps`, of which the one
+            at place `i` depends on `seed + i` alone.
+        checker (`str` or `Callable`, *optional*):
+            `"math"` (the default), `"exact"`, `"choice"`, `"numeric"`, or a function of the text of a whole solution
+            and the answer, true where it is right.
+        n (`int`, *optional*, defaults to 16):
+            Continuations per step. A last step that states the final answer is checked instead. A draw that was cut off
+            is lost: not measured, and not wrong.
+        solutions (`int`, *optional*, defaults to 4):
+            Solutions sampled of a question that has none.
+        budget (`str`, *optional*, defaults to `"all"`):
+            `"all"`: every row. `"bis"`: the rows that `top_fraction(rows, fraction)` would keep by BIS.
+        fraction (`float`), alpha (`float`):
+            Of that selection.
+        mode (`str`, *optional*, defaults to `"exact"`):
+            `"exact"`: the same rows as with all draws, always. `"confident"`: a row is given up when its BIS would
+            reach the cut with a probability of at most `error`, by the Beta posterior of its draws.
+        error (`float`, *optional*, defaults to 0.01):
+            Of the confident mode.
+        seed (`int`, *optional*, defaults to 0):
+            Of all draws.
+        output (`str` or path):
+            `*.jsonl` or `*.parquet`.
+        format (`str`, *optional*, defaults to `"rows"`):
+            `"visualprm-raw"`: the schema of VisualPRM400K-v1.1-Raw, in JSONL.
+        price (`float`, *optional*):
+            Of a million computed tokens, for the cost.
+        sampling:
+            `temperature`, `top_p`, `top_k`, `max_new_tokens` of a policy that is a server or a model.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows, ready for `add_bis`, with a column `draws`: of each step the evidence.
+
+    Raises:
+        `ValueError`: for a row without question, answer or image, a policy that cannot be used, a checker that raises.
+        `OSError`: where draws are parked because the policy did not answer: run again.
+
+    Examples:
+    ```python
+    >>> import tempfile
+    >>> from trl_mprm.annotation.annotate import annotate
+    >>> def policy(images, prompt, steps, n, seed):
+    ...     return ["Answer: 2" if "It is 2." in steps or (seed + i) % 2 else "Answer: 3" for i in range(n)]
+    >>> row = {"prompt": "1 + 1?", "answer": "2", "completions": ["Let me see.", "It is 2.", "Answer: 2"]}
+    >>> file = tempfile.mkdtemp() + "/rows.jsonl"
+    >>> annotate([row], policy, checker="exact", n=4, output=file)[0]["mc_scores"]
+    [0.5, 1.0, 1.0]
+
+    ```
+    """
+    return annotate_rollouts(
+        from_rows(rows),
+        policy,
+        checker=checker,
+        n=n,
+        solutions=solutions,
+        budget=budget,
+        fraction=fraction,
+        alpha=alpha,
+        mode=mode,
+        error=error,
+        seed=seed,
+        output=output,
+        format=format,
+        price=price,
+        **sampling,
+    )[0]
+
+
+def annotate_rollouts(
+    rollouts: list[Rollout],
+    policy: str | Callable[..., list[str]] | Policy,
+    *,
+    checker: str | Checker | None,
+    n: int,
+    solutions: int,
+    budget: str,
+    fraction: float,
+    alpha: float,
+    mode: str,
+    error: float,
+    seed: int,
+    output: str | os.PathLike,
+    format: str,
+    price: float | None,
+    **sampling: Any,
+) -> tuple[Dataset, dict[str, Any]]:
+    """[`annotate`] for rollouts that are read already; also returns what `NAME.annotation.json` says."""
+    output = Path(output)
+    _check(n, solutions, budget, fraction, mode, error, output, format)
+    checker_name, check = find_checker(checker)
+    policy = open_policy(policy, **sampling)
+    settings = {"policy": policy.name, "checker": checker_name, "seed": seed, **sampling}
+    with (
+        Progress(output.with_name(f"{output.stem}.draws.jsonl"), settings) as progress,
+        tqdm(unit="draw", delay=1, desc="drawing") as bar,
+    ):
+        drawing = Drawing(policy, check, progress, seed, bar, price)
+        todo, lost = _solved(rollouts, drawing, solutions)
+        tallies = [Tally.new(len(rollout.steps), n) for rollout in todo]
+        for rollout, tally in zip(todo, tallies, strict=True):
+            drawing.check_answer_step(rollout, tally)
+        bar.reset(sum(n * rollout.sampled for rollout in todo))
+        if budget == "all":
+            kept = _draw_all(todo, tallies, drawing)
+        else:
+            kept = _draw_race(todo, tallies, drawing, fraction, alpha, error if mode == "confident" else 0.0)
+        _stop_if_parked(drawing, output)
+        report = settings | {"n": n, "budget": budget, "fraction": fraction, "alpha": alpha, "mode": mode}
+        report |= {"output": output.name, "lost_solutions": dict(lost), "spent": dict(drawing.spent)}
+        report |= {"sources": _by_source(todo, tallies, kept, progress)}
+        if price is not None:
+            report["cost"] = cost(drawing.spent, price)
+        rows = []
+        for index in kept:
+            rollout, tally = todo[index], tallies[index]
+            steps = range(len(rollout.steps))
+            draws = [evidence(rollout, step, tally, progress, checker_name) for step in steps]
+            rows.append(annotated_row(rollout, tally, draws))
+        data = to_dataset(rows, [_opened(todo[index].images) for index in kept], Features({}))
+        if format == "visualprm-raw":
+            write_jsonl([raw_record(todo[index], tallies[index]) for index in kept], output)
+        elif output.suffix == ".jsonl":
+            write_jsonl(rows, output)
+        else:
+            write_parquet(data, output)
+        write_json(report, output.with_name(f"{output.stem}.annotation.json"))
+    return data, report
+
+
+def _check(
+    n: int, solutions: int, budget: str, fraction: float, mode: str, error: float, output: Path, format: str
+) -> None:
+    for name, value in (("n", n), ("solutions", solutions)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    for name, value, known in (
+        ("budget", budget, ("all", "bis")),
+        ("mode", mode, ("exact", "confident")),
+        ("format", format, ("rows", "visualprm-raw")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1 (0.1 keeps a tenth), got {fraction!r}")
+    if not 0 < error < 1:
+        raise ValueError(f"error must lie between 0 and 1, got {error!r}")
+    if output.suffix not in (".jsonl", ".parquet") or (format == "visualprm-raw" and output.suffix != ".jsonl"):
+        raise ValueError(f"output must be *.jsonl, or *.parquet with the format rows, got {str(output)!r}")
+
+
+def _solved(rollouts: list[Rollout], drawing: Drawing, solutions: int) -> tuple[list[Rollout], Counter[str]]:
+    """All rollouts in the order of their rows, questions replaced by their sampled solutions."""
+    questions = [rollout for rollout in rollouts if not rollout.steps]
+    lost: Counter[str] = Counter()
+    by_question: dict[str, list[Rollout]] = {}
+    if questions:
+        drawing.bar.set_description("solving")
+        solved, lost = drawing.solve(questions, solutions, MAX_STEPS)
+        for rollout in solved:
+            by_question.setdefault(rollout.id.rpartition(":")[0], []).append(rollout)
+        drawing.bar.set_description("drawing")
+    return [
+        item for rollout in rollouts for item in ([rollout] if rollout.steps else by_question.get(rollout.id, []))
+    ], lost
+
+
+def _draw_all(rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing) -> list[int]:
+    for start in range(0, len(rollouts), BATCH):
+        batch = range(start, min(start + BATCH, len(rollouts)))
+        visits = [
+            (rollouts[i], tallies[i], [(step, tallies[i].n) for step in range(rollouts[i].sampled)]) for i in batch
+        ]
+        drawing.draw(visits)
+    return [index for index, tally in enumerate(tallies) if tally.known]
+
+
+def _draw_race(
+    rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing, fraction: float, alpha: float, error: float
+) -> list[int]:
+    places: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        places.setdefault(rollout.source, []).append(index)
+    races = [
+        (Race([tallies[index] for index in indices], fraction, alpha, error), indices) for indices in places.values()
+    ]
+    while batch := list(_next_batch(races)):
+        visits = [(rollouts[indices[i]], race.tallies[i], next_draws(race.tallies[i])) for race, i, indices in batch]
+        for (race, index, _), came in zip(batch, drawing.draw(visits), strict=True):
+            if came:
+                race.put_back(index)
+    return sorted(indices[index] for race, indices in races for index in race.kept())
+
+
+def _next_batch(races: list[tuple[Race, list[int]]]) -> Iterator[tuple[Race, int, list[int]]]:
+    """A few rollouts of each race: many at once would draw on those that one more answer rules out."""
+    for race, indices in races:
+        for index in race.take(max(1, min(BATCH, race.quota // 8))):
+            yield race, index, indices
+
+
+def _stop_if_parked(drawing: Drawing, output: Path) -> None:
+    if drawing.parked:
+        reasons = "; ".join(f"{count} requests: {reason}" for reason, count in drawing.parked.most_common(3))
+        raise OSError(
+            f"{output} is not written: the policy left {drawing.parked.total()} requests without an answer ({reasons}). "
+            f"What came is kept in {drawing.progress.path}: run again to finish"
+        )
+
+
+def _by_source(
+    rollouts: list[Rollout], tallies: list[Tally], kept: list[int], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """What was planned, drawn, saved and lost, by source."""
+    sources: dict[str, Counter[str]] = {}
+    for index, (rollout, tally) in enumerate(zip(rollouts, tallies, strict=True)):
+        counts = sources.setdefault(rollout.source, Counter())
+        drawn = sum(tally.asked[: rollout.sampled])
+        counts.update(rollouts=1, draws_with_all=tally.n * rollout.sampled, draws=drawn)
+        counts.update(steps_checked=len(rollout.steps) - rollout.sampled, not_measured=int(not tally.known))
+        for step in range(rollout.sampled):
+            for record in progress.draws.get((rollout.id, rollout.key, step), []):
+                counts.update(f"lost_{finish}" for finish in record["finish"] if finish != "stop")
+                counts["tokens"] += sum(tokens or 0 for tokens in record["tokens"])
+    kept_of = Counter(rollouts[index].source for index in kept)
+    return {
+        source: dict(counts) | {"kept": kept_of[source], "draws_saved": counts["draws_with_all"] - counts["draws"]}
+        for source, counts in sources.items()
+    }
+
+
+def _opened(images: list[Any]) -> list[Any]:
+    return [
+        {"path": os.fspath(image), "bytes": None} if isinstance(image, str | os.PathLike) else image
+        for image in images
+    ]
