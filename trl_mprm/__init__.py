@@ -14,6 +14,7 @@ _NAMES = {
     "load_rollouts": "data.rollouts",
     "add_bis": "selection.bis",
     "top_fraction": "selection.datasets",
+    "annotate": "annotation.annotate",
     "select": "selection.datasets",
     "ProcessRewardConfig": "training.config",
     "ProcessRewardTrainer": "training.trainer",
@@ -30,6 +31,7 @@ _NAMES = {
 __all__ = list(_NAMES)
 
 if TYPE_CHECKING:
+    from .annotation.annotate import annotate
     from .data.rollouts import load_rollouts
     from .data.splitting import split_steps
     from .evaluation.benchmarks import load_benchmark, read_benchmark

@@ -109,7 +109,7 @@ def test_race_spends_less_than_a_third_on_a_corpus_like_the_papers():
     assert race.kept() == kept_with_all_draws(corpus, 16, 0.1, 0.2)
     assert spent < 0.3 * sum(len(steps) * 16 for steps in corpus)
     confident, spent_confident = run_race(corpus, 16, 0.1, 0.2, batch=4, error=0.01)
-    assert spent_confident <= spent
+    assert spent_confident < 0.3 * sum(len(steps) * 16 for steps in corpus)
     assert len(set(confident.kept()) & set(race.kept())) >= 0.95 * len(race.kept())
 
 

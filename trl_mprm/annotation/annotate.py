@@ -11,13 +11,15 @@ after all draws, each with all its draws, and spends on the others only what it 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, Features
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..files import write_json
+from ..selection.rules import CutSpec
 from .budget import Race, Tally, next_draws
 from .checkers import Checker, find_checker
 from .drawing import Drawing, cost
@@ -112,105 +114,97 @@ def annotate(
 
     ```
     """
-    return annotate_rollouts(
-        from_rows(rows),
-        policy,
-        checker=checker,
-        n=n,
-        solutions=solutions,
-        budget=budget,
-        fraction=fraction,
-        alpha=alpha,
-        mode=mode,
-        error=error,
-        seed=seed,
-        output=output,
-        format=format,
-        price=price,
-        **sampling,
-    )[0]
+    plan = Plan(n, solutions, budget, fraction, alpha, mode, error, seed, format, price)
+    return annotate_rollouts(from_rows(rows), policy, output, plan, checker=checker, **sampling)[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of an annotation, as [`annotate`] explains it."""
+
+    n: int = 16
+    solutions: int = 4
+    budget: str = "all"
+    fraction: float = 0.1
+    alpha: float = 0.2
+    mode: str = "exact"
+    error: float = 0.01
+    seed: int = 0
+    format: str = "rows"
+    price: float | None = None
+
+    def __post_init__(self):
+        for name in ("n", "solutions"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name, known in (
+            ("budget", ("all", "bis")),
+            ("mode", ("exact", "confident")),
+            ("format", ("rows", "visualprm-raw")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0 < self.error < 1:
+            raise ValueError(f"error must lie between 0 and 1, got {self.error!r}")
+        CutSpec("bis", fraction=self.fraction, alpha=self.alpha, seed=self.seed)  # checks these
+
+    def check_output(self, output: Path) -> None:
+        if output.suffix not in (".jsonl", ".parquet") or (self.format != "rows" and output.suffix != ".jsonl"):
+            raise ValueError(f"output must be *.jsonl, or *.parquet with the format rows, got {str(output)!r}")
 
 
 def annotate_rollouts(
     rollouts: list[Rollout],
     policy: str | Callable[..., list[str]] | Policy,
-    *,
-    checker: str | Checker | None,
-    n: int,
-    solutions: int,
-    budget: str,
-    fraction: float,
-    alpha: float,
-    mode: str,
-    error: float,
-    seed: int,
     output: str | os.PathLike,
-    format: str,
-    price: float | None,
+    plan: Plan,
+    *,
+    checker: str | Checker | None = None,
     **sampling: Any,
 ) -> tuple[Dataset, dict[str, Any]]:
     """[`annotate`] for rollouts that are read already; also returns what `NAME.annotation.json` says."""
     output = Path(output)
-    _check(n, solutions, budget, fraction, mode, error, output, format)
+    plan.check_output(output)
     checker_name, check = find_checker(checker)
     policy = open_policy(policy, **sampling)
-    settings = {"policy": policy.name, "checker": checker_name, "seed": seed, **sampling}
+    settings = {"policy": policy.name, "checker": checker_name, "seed": plan.seed, **sampling}
     with (
         Progress(output.with_name(f"{output.stem}.draws.jsonl"), settings) as progress,
         tqdm(unit="draw", delay=1, desc="drawing") as bar,
     ):
-        drawing = Drawing(policy, check, progress, seed, bar, price)
-        todo, lost = _solved(rollouts, drawing, solutions)
-        tallies = [Tally.new(len(rollout.steps), n) for rollout in todo]
+        drawing = Drawing(policy, check, progress, plan.seed, bar, plan.price)
+        todo, lost = _solved(rollouts, drawing, plan.solutions)
+        tallies = [Tally.new(len(rollout.steps), plan.n) for rollout in todo]
         for rollout, tally in zip(todo, tallies, strict=True):
             drawing.check_answer_step(rollout, tally)
-        bar.reset(sum(n * rollout.sampled for rollout in todo))
-        if budget == "all":
-            kept = _draw_all(todo, tallies, drawing)
-        else:
-            kept = _draw_race(todo, tallies, drawing, fraction, alpha, error if mode == "confident" else 0.0)
+        bar.reset(sum(plan.n * rollout.sampled for rollout in todo))
+        kept = _draw_all(todo, tallies, drawing) if plan.budget == "all" else _draw_race(todo, tallies, drawing, plan)
         _stop_if_parked(drawing, output)
-        report = settings | {"n": n, "budget": budget, "fraction": fraction, "alpha": alpha, "mode": mode}
-        report |= {"output": output.name, "lost_solutions": dict(lost), "spent": dict(drawing.spent)}
-        report |= {"sources": _by_source(todo, tallies, kept, progress)}
-        if price is not None:
-            report["cost"] = cost(drawing.spent, price)
-        rows = []
-        for index in kept:
-            rollout, tally = todo[index], tallies[index]
-            steps = range(len(rollout.steps))
-            draws = [evidence(rollout, step, tally, progress, checker_name) for step in steps]
-            rows.append(annotated_row(rollout, tally, draws))
-        data = to_dataset(rows, [_opened(todo[index].images) for index in kept], Features({}))
-        if format == "visualprm-raw":
-            write_jsonl([raw_record(todo[index], tallies[index]) for index in kept], output)
-        elif output.suffix == ".jsonl":
-            write_jsonl(rows, output)
-        else:
-            write_parquet(data, output)
+        if not kept:
+            raise ValueError(f"{output} is not written: not one step was measured; lost were {dict(lost)}")
+        report = settings | asdict(plan) | {"output": output.name, "lost_solutions": dict(lost)}
+        report |= {"spent": dict(drawing.spent), "sources": _by_source(todo, tallies, kept, progress)}
+        if plan.price is not None:
+            report["cost"] = cost(drawing.spent, plan.price)
+        data = _write([(todo[index], tallies[index]) for index in kept], progress, checker_name, plan, output)
         write_json(report, output.with_name(f"{output.stem}.annotation.json"))
     return data, report
 
 
-def _check(
-    n: int, solutions: int, budget: str, fraction: float, mode: str, error: float, output: Path, format: str
-) -> None:
-    for name, value in (("n", n), ("solutions", solutions)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    for name, value, known in (
-        ("budget", budget, ("all", "bis")),
-        ("mode", mode, ("exact", "confident")),
-        ("format", format, ("rows", "visualprm-raw")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be above 0 and at most 1 (0.1 keeps a tenth), got {fraction!r}")
-    if not 0 < error < 1:
-        raise ValueError(f"error must lie between 0 and 1, got {error!r}")
-    if output.suffix not in (".jsonl", ".parquet") or (format == "visualprm-raw" and output.suffix != ".jsonl"):
-        raise ValueError(f"output must be *.jsonl, or *.parquet with the format rows, got {str(output)!r}")
+def _write(kept: list[tuple[Rollout, Tally]], progress: Progress, checker: str, plan: Plan, output: Path) -> Dataset:
+    rows = []
+    for rollout, tally in kept:
+        draws = [evidence(rollout, step, tally, progress, checker) for step in range(len(rollout.steps))]
+        rows.append(annotated_row(rollout, tally, draws))
+    data = to_dataset(rows, [_opened(rollout.images) for rollout, _ in kept])
+    if plan.format == "visualprm-raw":
+        write_jsonl([raw_record(rollout, tally) for rollout, tally in kept], output)
+    elif output.suffix == ".jsonl":
+        write_jsonl(rows, output)
+    else:
+        write_parquet(data, output)
+    return data
 
 
 def _solved(rollouts: list[Rollout], drawing: Drawing, solutions: int) -> tuple[list[Rollout], Counter[str]]:
@@ -239,14 +233,14 @@ def _draw_all(rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing) -
     return [index for index, tally in enumerate(tallies) if tally.known]
 
 
-def _draw_race(
-    rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing, fraction: float, alpha: float, error: float
-) -> list[int]:
+def _draw_race(rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing, plan: Plan) -> list[int]:
+    error = plan.error if plan.mode == "confident" else 0.0
     places: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         places.setdefault(rollout.source, []).append(index)
     races = [
-        (Race([tallies[index] for index in indices], fraction, alpha, error), indices) for indices in places.values()
+        (Race([tallies[index] for index in indices], plan.fraction, plan.alpha, error), indices)
+        for indices in places.values()
     ]
     while batch := list(_next_batch(races)):
         visits = [(rollouts[indices[i]], race.tallies[i], next_draws(race.tallies[i])) for race, i, indices in batch]
@@ -277,7 +271,7 @@ def _by_source(
 ) -> dict[str, dict[str, Any]]:
     """What was planned, drawn, saved and lost, by source."""
     sources: dict[str, Counter[str]] = {}
-    for index, (rollout, tally) in enumerate(zip(rollouts, tallies, strict=True)):
+    for rollout, tally in zip(rollouts, tallies, strict=True):
         counts = sources.setdefault(rollout.source, Counter())
         drawn = sum(tally.asked[: rollout.sampled])
         counts.update(rollouts=1, draws_with_all=tally.n * rollout.sampled, draws=drawn)

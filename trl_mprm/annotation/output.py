@@ -103,8 +103,7 @@ def raw_record(rollout: Rollout, tally: Tally) -> dict[str, Any]:
     """
     ours = {"images", "prompt", "completions", "labels", "mc_scores", "mc_counts", "mc_total", "rollout_id", "draws"}
     images = image_list(rollout.record)
-    return {
-        **{name: value for name, value in rollout.record.items() if name not in ours},
+    raw = {
         "image": images[0] if len(images) == 1 else images,
         "question": rollout.record.get("question") or "<image>\n" * len(images) + rollout.prompt,
         "question_orig": rollout.prompt,
@@ -118,6 +117,7 @@ def raw_record(rollout: Rollout, tally: Tally) -> dict[str, Any]:
         ],
         "num_mc_sequences": tally.n,
     }
+    return raw | {name: value for name, value in rollout.record.items() if name not in {*ours, *raw}}
 
 
 def write_jsonl(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -144,7 +144,7 @@ def _named_images(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def to_dataset(rows: Sequence[dict[str, Any]], images: Sequence[list[Any]], extra: Features) -> Dataset:
+def to_dataset(rows: Sequence[dict[str, Any]], images: Sequence[list[Any]]) -> Dataset:
     """
     Rows as a [`~datasets.Dataset`] with the images to open. `mc_total` is null there where the steps have not all the
     same total, as [`~trl_mprm.load_rollouts`] reads it; `draws` tells each.
@@ -153,7 +153,7 @@ def to_dataset(rows: Sequence[dict[str, Any]], images: Sequence[list[Any]], extr
         row | {"images": found, "mc_total": row["mc_total"] if isinstance(row["mc_total"], int) else None}
         for row, found in zip(rows, images, strict=True)
     ]
-    return Dataset.from_list(rows, features=Features(dict(COLUMNS) | dict(extra)))
+    return Dataset.from_list(rows, features=COLUMNS)
 
 
 def write_parquet(rows: Dataset, path: Path) -> None:

@@ -1,11 +1,11 @@
-"""`trl-mprm select | train | score | evaluate | serve | export | card | convert | demo`: arguments in, the library works, one table out."""
+"""`trl-mprm select | annotate | train | score | evaluate | serve | export | card | convert | demo`: arguments in, the library works, one table out."""
 
 import argparse
 import logging
 import sys
 
 from .. import __version__
-from . import card, convert, demo, evaluate, score, select, serve, train
+from . import annotate, card, convert, demo, evaluate, score, select, serve, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,9 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="select | train | score | evaluate | serve | export | card | convert | demo"
+        required=True, metavar="select | annotate | train | score | evaluate | serve | export | card | convert | demo"
     )
     select.add_parser(commands)
+    annotate.add_parser(commands)
     train_help = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
     commands.add_parser("train", help=train_help)  # shown in the help; main() hands the arguments to TrlParser
     for command in (score, evaluate, serve, card, convert, demo):

@@ -114,6 +114,12 @@ def _raw_row(record: dict) -> dict:
     }
 
 
+def _one_total(totals: list) -> int | None:
+    """One number for all measured steps, or none: a count over another total would be a wrong count."""
+    known = {count(total) for total in totals} - {0}
+    return known.pop() if len(known) == 1 else None
+
+
 def _stepwise_row(record: dict) -> dict:
     prompt = prompt_text(record)
     completions = record.get("completions")
@@ -129,15 +135,21 @@ def _stepwise_row(record: dict) -> dict:
         labels = [float(label) if isinstance(label, bool) else label for label in labels]
         labels = [None if label == -100 else _score(label) for label in labels]
     scores = labels if scores is None else [None if score is None else _score(score) for score in scores]
-    if not measured(record.get("mc_total")):
-        labels = scores = [None] * len(completions)
+    total = record.get("mc_total")
+    totals = total if isinstance(total, list) else [total] * len(completions)
+    if len(totals) != len(completions):
+        raise Refused(Reason.LABELS_NOT_ONE_A_STEP)
+    labels, scores = (
+        [value if measured(of) else None for value, of in zip(values, totals, strict=True)]
+        for values in (labels, scores)
+    )
     return {
         "prompt": prompt,
         "completions": completions,
         "labels": [-100.0 if label is None else float(label) for label in labels],
         "mc_scores": scores,
         "mc_counts": [count(value) for value in counts or [None] * len(completions)],
-        "mc_total": count(record.get("mc_total")),
+        "mc_total": _one_total(totals),
     }
 
 
