@@ -348,10 +348,8 @@ def test_files_and_python_keep_the_same_rows(tmp_path, rule, name, by):
         "GEOS": {},
     }
     assert report["sources"]["DVQA"]["refused"]["image_missing"] > 0
-    assert (
-        json.loads((output.parent / "selection.json" if "." in name else output / "selection.json").read_text())
-        == report
-    )
+    place = {"kept": "kept/", "kept.jsonl": "kept.", "kept.parquet": "kept.parquet."}[name]
+    assert json.loads((tmp_path / "out" / f"{place}selection.json").read_text()) == report
 
 
 def test_kept_lines_are_copied_byte_by_byte(tmp_path):
@@ -389,7 +387,7 @@ def test_a_selection_can_be_selected_again(tmp_path):
     select_files(folder, tmp_path / "one" / "all.jsonl", fraction=0.5)
     with open(tmp_path / "one" / "all.jsonl", "ab") as file:
         file.write(b"{}\n")
-    with pytest.raises(ValueError, match="select again, or delete selection.json"):
+    with pytest.raises(ValueError, match="select again, or delete all.selection.json"):
         load_rollouts(tmp_path / "one" / "all.jsonl", image_root=folder)
 
 
@@ -461,7 +459,7 @@ def test_refusals_of_an_earlier_run_are_removed(tmp_path):
         (lambda p: select_files([p / "raw", p / "raw" / "AI2D.jsonl"], p / "new", fraction=0.5), "is the same file"),
         (lambda p: select_files([p / "raw", p / "link.jsonl"], p / "new", fraction=0.5), "each file once"),
         # evidence is written too
-        (lambda p: select_files(p / "rows" / "refused.jsonl", p / "rows" / "k.jsonl", fraction=0.5), "is an input"),
+        (lambda p: select_files(p / "rows" / "k.refused.jsonl", p / "rows" / "k.jsonl", fraction=0.5), "is an input"),
         (lambda p: select_files(p / "rows" / "refused.jsonl", p / "rows", fraction=0.5), "is an input"),
         (lambda p: select_files(p / "rows" / "refused.jsonl", p / "new", fraction=0.5), "is where refused rows go"),
         (lambda p: select_files(p / "raw", p / "refused.jsonl", fraction=0.5), "is where refused rows go"),
@@ -494,7 +492,8 @@ def test_file_errors_leave_everything_as_it_was(tmp_path, make, message):
     (tmp_path / "plain").write_text("a file")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "raw" / "AI2D.jsonl")
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "refused.jsonl").write_bytes((tmp_path / "raw" / "AI2D.jsonl").read_bytes())
+    for name in ("refused.jsonl", "k.refused.jsonl"):
+        (tmp_path / "rows" / name).write_bytes((tmp_path / "raw" / "AI2D.jsonl").read_bytes())
     before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
     with pytest.raises((ValueError, OSError), match=message) as caught:
         make(tmp_path)

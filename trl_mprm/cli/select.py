@@ -1,7 +1,6 @@
 """`trl-mprm select`: files of rollouts in, the kept ones and their evidence out."""
 
 import argparse
-from pathlib import Path
 
 from tabulate import tabulate
 
@@ -35,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def select(args: argparse.Namespace) -> int:
+    from ..data.evidence import refused_path, report_path
     from ..selection.files import select_files
     from ..selection.report import report_table
 
@@ -65,11 +65,9 @@ def select(args: argparse.Namespace) -> int:
         page=args.report,
     )
     print_table(report_table(report))
-    output = Path(args.output)
-    folder = output.parent if output.suffix in (".jsonl", ".parquet") else output
-    print(f"\nkept rollouts: {output}\nevidence: {folder / 'selection.json'}")
+    print(f"\nkept rollouts: {args.output}\nevidence: {report_path(args.output, args.save_to_disk)}")
     for reason, count in report["total"]["refused"].items():
-        print(f"refused: {count} {reason} (see {folder / 'refused.jsonl'})")
+        print(f"refused: {count} {reason} (see {refused_path(args.output, args.save_to_disk)})")
     if args.report:
         print(f"page: {args.report}")
     if args.push_to_hub:

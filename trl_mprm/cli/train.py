@@ -1,10 +1,13 @@
 """`trl-mprm train`: the flags of TRL, from the command line or a YAML file."""
 
-import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import print_table
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,6 +53,7 @@ def train(argv: list[str]) -> int:
     from ..data.hub import hub_snapshot, is_hub_id
     from ..data.rollouts import load_rollouts
     from ..selection.datasets import select as select_rollouts
+    from ..selection.report import find_report
     from ..training.config import ProcessRewardConfig
     from ..training.trainer import ProcessRewardTrainer
 
@@ -69,7 +73,9 @@ def train(argv: list[str]) -> int:
         )
         rollouts, report = rollouts.select(selection.indices), selection.report
     else:
-        report = _selection_beside(subset, len(rollouts))
+        report, why = find_report(data.dataset_name, len(rollouts))
+        if report is None:
+            logger.info("the card tells of no selection: %s", why)
     args.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -114,10 +120,3 @@ def _smoke(argv: list[str]) -> int:
     print("\nThe recipe runs; what it wrote is deleted again. That its fields fit together is all this shows:")
     print("nothing of memory, speed, F1 or the launcher.")
     return 0
-
-
-def _selection_beside(path: Path, n_rows: int) -> dict | None:
-    """The evidence that `trl-mprm select` wrote beside the rows, for the card; None if it tells of other rows."""
-    path = (path.parent if path.is_file() else path) / "selection.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return report if report is not None and report["total"]["kept"] == n_rows else None

@@ -31,10 +31,10 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, List, Value
 from tqdm.auto import tqdm
 
+from .evidence import kept_sources
 from .formats import parse, to_row
 from .hub import hub_annotations, is_hub_id, local_inputs
 from .images import ImageFinder, find_images
-from .kept_sources import check_kept_sources, kept_sources
 from .rows import Reason, Refused, own_text
 from .shards import Paths, line_batches, plan_shards
 
@@ -246,7 +246,8 @@ def _records(inputs: Paths, streaming: bool) -> Iterator[tuple[str, Path | None,
         place = ""
         for shard in shards:
             if shard.place != place:
-                place, number, sources = shard.place, 0, kept_sources(shard)
+                place, number = shard.place, 0
+                sources = kept_sources(shard.file) if shard.repo_id is None else []
             bar.set_description(f"reading {shard.source}", refresh=False)  # a refresh would ignore `delay`
             for block, lines in line_batches(shard):
                 bar.update(len(block))
@@ -255,8 +256,6 @@ def _records(inputs: Paths, streaming: bool) -> Iterator[tuple[str, Path | None,
                     if line.strip():
                         yield place, Path(shard.file).parent, number, source, parse(line)
                     number += 1
-            if sources:
-                check_kept_sources(shard.file, number, sources)
 
 
 def _write_arrow(rows: Iterable[dict]) -> tuple[Path, int]:

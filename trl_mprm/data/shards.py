@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .evidence import is_refused_file, reports_beside
 from .formats import READ_KEYS
 
 
@@ -120,7 +121,7 @@ def _ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int | None]]:
     if file.suffix == ".parquet":
         yield from _row_group_ranges(shard, shard_bytes)
     # A file of several sources is told apart line by line, from its first line on
-    elif file.suffix != ".jsonl" or (shard.repo_id is None and (file.parent / "selection.json").is_file()):
+    elif file.suffix != ".jsonl" or (shard.repo_id is None and reports_beside(file)):
         yield 0, None
     else:
         yield from _line_ranges(file, shard.stamp[0], shard_bytes)
@@ -159,7 +160,7 @@ def input_files(name: str | os.PathLike) -> list[Path]:
 
 def _aside(path: PurePosixPath | Path) -> bool:
     """What `trl-mprm select` could not use, and what macOS puts beside each file of an archive: no rollouts."""
-    return path.name == "refused.jsonl" or path.name.startswith("._") or "__MACOSX" in path.parts
+    return is_refused_file(path) or path.name.startswith("._") or "__MACOSX" in path.parts
 
 
 def source_name(path: str | os.PathLike) -> str:

@@ -12,7 +12,8 @@ from .report import build_report, describe_refused
 from .rules import CutSpec, column_to_cut_by
 from .summary import merge
 from .threshold import find_cut, settle
-from .writer import SelectionWriter, room_left, work_folder
+from .work_folder import room_left, work_folder
+from .writer import SelectionWriter
 
 
 logger = logging.getLogger(__name__)

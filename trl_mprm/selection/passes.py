@@ -27,9 +27,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from ..data.evidence import kept_sources
 from ..data.formats import IMAGE_PLACE, parse, states_answer, to_row
 from ..data.images import ImageFinder
-from ..data.kept_sources import check_kept_sources, kept_sources
 from ..data.rows import Refused, image_list, own_text, question_key
 from ..data.shards import Shard, line_batches, lines_at
 from .bis import step_sums
@@ -123,14 +123,12 @@ def score_shard(
     """
     file = Path(shard.file)
     finder = _finder(file.parent if image_root is None else image_root, shard.plan)
-    sources = kept_sources(shard)
+    sources = kept_sources(shard.file) if shard.repo_id is None else []
     rows = _Rows(shard.source, sources, finder, drop_answer_step, words)
     for block, lines in line_batches(shard):
         rows.add(lines, is_utf8(block))
         if len(rows.columns.state) > LINES_AS_NUMBERS:
             rows.to_arrays()
-    if sources:
-        check_kept_sources(shard.file, rows.n_lines, sources)
     scores = rows.scores(shard)
     if spec is not None and spec.entry.reads is not None:
         scores = with_values(scores, read_values(shard, spec))

@@ -1,10 +1,15 @@
 """What a selection says of itself."""
 
 import math
+import os
 from bisect import bisect_left
+from pathlib import Path
 
 import numpy as np
 
+from ..data.evidence import content_hash, read_report, report_path, reports_beside
+from ..data.hub import hub_snapshot, is_hub_id
+from ..data.shards import input_files
 from .rules import score_of_kinds
 from .summary import REASONS, UNKNOWN, Summary, reason_of_kinds
 from .threshold import Cut
@@ -71,7 +76,7 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
     return numbers
 
 
-SELECTION_VERSION = "2"
+SELECTION_VERSION = "3"
 
 SHARES = ("mixed_share", "error_step_share", "mean_mc", "mean_group_size")
 
@@ -131,3 +136,84 @@ def _check_quotas(cut: Cut, valid: list[int], kept: list[int]) -> None:
     found = [np.bincount(cut.stratum, rows, len(quotas)).astype(int).tolist() for rows in (valid, kept)]
     if found != [cut.valid.tolist(), quotas]:
         raise RuntimeError(f"{cut.valid.tolist()} valid rows should give {quotas}, got {found[0]} and {found[1]}")
+
+
+# ---- the report of given rows
+
+
+def find_report(dataset: str | os.PathLike, n_rows: int) -> tuple[dict | None, str]:
+    """
+    The report of exactly these rows, for the card of what is trained on them; or None and the reason why none applies.
+
+    Args:
+        dataset (`str` or path):
+            What the rows were read from: a file, a folder (also one of `save_to_disk`), or a dataset on the Hub.
+        n_rows (`int`):
+            How many rows were read.
+
+    Returns:
+        `(report, "")` where each file is in the report and has the content that the selection wrote, and all its rows
+        were read (of a dataset on the Hub the commit stands for the content); else `(None, why)`.
+
+    Raises:
+        `ValueError`: what stands there under the name of a report is none.
+
+    Examples:
+    ```python
+    >>> import json, pathlib, tempfile
+    >>> from trl_mprm.selection import select_files
+    >>> from trl_mprm.selection.report import find_report
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> row = {"prompt": "?", "completions": ["a"], "labels": [1]}
+    >>> _ = (folder / "raw.jsonl").write_text(json.dumps(row) + "\\n")
+    >>> report = select_files(folder / "raw.jsonl", folder / "a.jsonl", fraction=1.0)
+    >>> find_report(folder / "a.jsonl", n_rows=1)[0] == report
+    True
+    >>> _ = (folder / "a.jsonl").write_text(json.dumps(row | {"labels": [0]}) + "\\n")
+    >>> find_report(folder / "a.jsonl", n_rows=1)[1].split("/")[-1]
+    'a.selection.json: a.jsonl changed after the selection'
+
+    ```
+    """
+    if is_hub_id(dataset):
+        path = hub_snapshot(dataset, "selection.json") / "selection.json"
+        if not path.is_file():
+            return None, f"{dataset} has no selection.json"
+        report = read_report(path)
+        why = _why_not(report, [], n_rows)
+        return (None, f"selection.json of {dataset}: {why}") if why else (report, "")
+    path = Path(dataset)
+    files = _files_of_rows(path)
+    reports = [path / "selection.json", *map(report_path, files[:1] if len(files) == 1 else [])]
+    reports = [file for file in reports if file.is_file()] if path.is_dir() else reports_beside(path)
+    whys = []
+    for file in reports:
+        report = read_report(file)
+        why = _why_not(report, files, n_rows)
+        if not why:
+            return report, ""
+        whys.append(f"{file}: {why}")
+    return None, "; ".join(whys) or f"{dataset}: no report of a selection beside these rows"
+
+
+def _files_of_rows(path: Path) -> list[Path]:
+    if (path / "state.json").is_file():
+        return sorted(path.glob("*.arrow"))
+    try:
+        return input_files(path)
+    except FileNotFoundError:  # rows in subfolders, as of several splits: no report of ours tells of these
+        return []
+
+
+def _why_not(report: dict | None, files: list[Path], n_rows: int) -> str:
+    if report is None:
+        return "of an older version, without hashes"
+    told, there = report["output"], {file.name for file in files}
+    if files and there != set(told):
+        missing, more = sorted(set(told) - there), sorted(there - set(told))
+        return f"it tells of {missing[0]} too" if missing else f"it does not tell of {more[0]}"
+    for file in files:
+        if content_hash(file)[0] != told[file.name]["xxh3_128"]:
+            return f"{file.name} changed after the selection"
+    kept = report["total"]["kept"]
+    return "" if kept == n_rows else f"it tells of {kept:,} rows, and {n_rows:,} were read"

@@ -5,22 +5,19 @@ In, what each shard gave: a file of kept lines, one of refused rows, the line nu
 
     kept/AI2D.jsonl        the kept lines, byte by byte
     kept/refused.jsonl     {"file": "raw/AI2D.jsonl", "line": 6, "reason": "score_not_a_number"}
-    kept/selection.json    the evidence
+    kept/selection.json    the evidence, bound to the files of rows by a hash of each
 
-Nothing appears under its name before it is complete, and `selection.json` appears last.
+Nothing appears under its name before it is complete, and the evidence appears last. Of a file as output, `a.jsonl`, it is
+named after it: `a.selection.json`, `a.refused.jsonl`.
 """
 
-import errno
-import fcntl
 import glob
 import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import xxhash
 
+from ..data.evidence import content_hash, is_refused_file, read_report, refused_path, report_path
 from ..data.formats import READ_KEYS, parse, to_row
 from ..data.hub import is_hub_id
 from ..data.images import ImageFinder, find_images
@@ -40,44 +38,6 @@ from .passes import Emitted
 
 if TYPE_CHECKING:  # `datasets` takes longer to import than a small selection takes: only what makes a data set does
     from datasets import Features
-
-
-@contextmanager
-def work_folder(folder: Path) -> Iterator[Path]:
-    """
-    A hidden folder for the parts, deleted at the end. It is locked while this process lives; one whose lock is free is
-    of a run that was killed, and is deleted here.
-    """
-    for left in folder.glob(".select.*.part"):
-        with suppress(OSError), _locked(left):  # in use, or no locks on this file system: leave it
-            shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=".select.", suffix=".part", dir=folder) as name, ExitStack() as stack:
-        with suppress(OSError):
-            stack.enter_context(_locked(Path(name)))
-        yield Path(name)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def room_left(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"{folder}: expected room for the kept rows and for a copy of them, got {error.strerror!r}: free some and "
-            "run again; no output was touched"
-        ) from error
 
 
 logger = logging.getLogger(__name__)
@@ -122,7 +82,7 @@ class SelectionWriter:
         self.folder = output.parent if one else output
         sources = dict.fromkeys(shard.source for shard in shards)
         self.targets = [output] if one else [output / f"{source}.jsonl" for source in sources]
-        self.evidence = [] if save_to_disk else [self.folder / name for name in ("selection.json", "refused.jsonl")]
+        self.report, self.refused = report_path(output, save_to_disk), refused_path(output, save_to_disk)
         self._check()
 
     def _check(self) -> None:
@@ -135,17 +95,17 @@ class SelectionWriter:
             raise ValueError(
                 f"{output}: expected a folder, *.jsonl or *.parquet, and this is the other kind: rename it"
             )
-        if self.save_to_disk and output.is_dir() and any(output.iterdir()) and not (output / "state.json").is_file():
-            raise ValueError(f"{output} is no dataset of an earlier run, and not empty: give an empty folder")
+        if self.save_to_disk and output.is_dir() and any(output.iterdir()):
+            _check_replaceable(output)
         used = {Path(shard.file).resolve() for shard in self.shards}
         inside = {folder for file in used for folder in file.parents} if self.save_to_disk else set()
-        for target in (*self.targets, *self.evidence):
+        for target in (*self.targets, self.report, self.refused):
             if target.resolve() in used | inside:
                 raise ValueError(f"{target} is an input and would be overwritten: give another output")
-            if target in self.targets and target in self.evidence:
+            if target in self.targets and is_refused_file(target):
                 raise ValueError(f"{target} is where refused rows go: give another output, or rename that input")
         if self.page is not None:
-            taken = used | {target.resolve() for target in (*self.targets, *self.evidence)}
+            taken = used | {target.resolve() for target in (*self.targets, self.report, self.refused)}
             if self.page.is_dir() or taken & {self.page.resolve(), *self.page.resolve().parents}:
                 raise ValueError(
                     f"{self.page}: expected a place for the page, and there is an input, an output or a folder: give "
@@ -159,7 +119,7 @@ class SelectionWriter:
             if glob.has_magic(item) and not Path(item).exists() and any(_matches(item, file) for file in self.targets):
                 raise ValueError(f"{output} matches {item}, and the next run would read it: give another output")
         others = {*self.folder.glob("*.jsonl"), *self.folder.glob("*.parquet")}
-        others -= {*self.targets, self.folder / "refused.jsonl"}
+        others -= {*self.targets, self.refused}
         if output not in self.targets and others:
             raise ValueError(
                 f"{self.folder} already holds {min(others).name}, which is not of this run: give an empty folder"
@@ -167,36 +127,61 @@ class SelectionWriter:
 
     def write(self, report: dict, emitted: list[Emitted], parts: Path, page: str | None = None) -> None:
         """Put the parts of the shards together, in order, and all that was made under its final name."""
-        names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
-        report["output"] = {} if self.save_to_disk or self.output.suffix == ".parquet" else _moved(names, emitted)
-        refused = [parts / f"{shard.index}.refused" for shard in self.shards] if report["total"]["refused"] else []
-        report["revision"] = _digest(parts / f"{shard.index}.kept" for shard in self.shards)
         with ExitStack() as stack:
             if page is not None:
                 stack.enter_context(atomic_output(self.page)).write_text(page, "utf-8")  # appears at the end
             if self.save_to_disk:
-                self._write_dataset(report, emitted, parts, refused)
+                self._write_dataset(report, emitted, parts)
                 return
             ready = parts / "ready"
             ready.mkdir()
             if self.output.suffix == ".parquet":
+                report["revision"] = self._revision(parts)
                 self._write_parquet(ready / self.output.name, self._rows(emitted, parts, report, resolve=False))
+                report["output"] = _hashes([ready / self.output.name])
             else:
-                kept: dict[str, list[Path]] = {}
-                for shard, name in zip(self.shards, names, strict=True):
-                    kept.setdefault(name, []).append(parts / f"{shard.index}.kept")
-                for name, files in kept.items():
-                    _join(files, ready / name)
-            if refused:
-                _join(refused, ready / "refused.jsonl")
-            write_json(report, ready / "selection.json")
+                self._write_lines(ready, report, emitted, parts)
+            self._write_evidence(ready / self.report.name, ready / self.refused.name, report, parts)
             # From here on a kill leaves rows without a report: never the report of an earlier run beside other rows
-            for file in self.evidence:
+            for file in (self.report, self.refused):
                 file.unlink(missing_ok=True)
-            for file in sorted(ready.iterdir(), key=lambda file: file.name == "selection.json"):
+            for file in sorted(ready.iterdir(), key=lambda file: file.name == self.report.name):
                 file.rename(self.folder / file.name)
 
-    def _write_dataset(self, report: dict, emitted: list[Emitted], parts: Path, refused: list[Path]) -> None:
+    def _write_lines(self, ready: Path, report: dict, emitted: list[Emitted], parts: Path) -> None:
+        """The kept lines of each source in its file, or of all in one; `revision` is of all of them, in order."""
+        names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
+        digests = {name: xxhash.xxh3_128() for name in names}
+        revision = xxhash.xxh3_128()
+        for shard, name in zip(self.shards, names, strict=True):
+            with open(ready / name, "ab") as out:
+                for block in _blocks(parts / f"{shard.index}.kept"):
+                    out.write(block)
+                    digests[name].update(block)
+                    revision.update(block)
+        sources = _sources_of_lines(names, emitted)
+        report["output"] = {
+            name: {"xxh3_128": digest.hexdigest()} | ({"sources": sources[name]} if name in sources else {})
+            for name, digest in digests.items()
+        }
+        report["revision"] = revision.hexdigest()
+
+    def _write_evidence(self, target: Path, refused: Path, report: dict, parts: Path) -> None:
+        if report["total"]["refused"]:
+            with open(refused, "wb") as out:
+                for shard in self.shards:
+                    out.writelines(_blocks(parts / f"{shard.index}.refused"))
+        write_json(report, target)
+
+    def _revision(self, parts: Path) -> str:
+        """XXH3-128 of the kept lines in order, whatever their files: the name of a subset."""
+        revision = xxhash.xxh3_128()
+        for shard in self.shards:
+            for block in _blocks(parts / f"{shard.index}.kept"):
+                revision.update(block)
+        return revision.hexdigest()
+
+    def _write_dataset(self, report: dict, emitted: list[Emitted], parts: Path) -> None:
         from datasets import Dataset, DatasetInfo, Features
         from datasets.table import MemoryMappedTable
 
@@ -212,9 +197,11 @@ class SelectionWriter:
         info = DatasetInfo(features=Features.from_arrow_schema(schema))
         kept = Dataset(MemoryMappedTable.from_file(str(table)), info=info, fingerprint=name)
         kept.save_to_disk(parts / "dataset")
-        write_json(report, parts / "dataset" / "selection.json")
-        if refused:
-            _join(refused, parts / "dataset" / "refused.jsonl")
+        report["revision"] = self._revision(parts)
+        report["output"] = _hashes(sorted((parts / "dataset").glob("*.arrow")))
+        self._write_evidence(
+            parts / "dataset" / self.report.name, parts / "dataset" / self.refused.name, report, parts
+        )
         if self.output.is_dir():
             self.output.rename(parts / "earlier")
         (parts / "dataset").rename(self.output)
@@ -255,12 +242,13 @@ class SelectionWriter:
         if writer is not None:
             writer.close()
         for number, file in enumerate(files):
-            file.rename(folder / "data" / f"train-{number:05d}-of-{len(files):05d}.parquet")
+            files[number] = file.rename(folder / "data" / f"train-{number:05d}-of-{len(files):05d}.parquet")
         api = HfApi()
         infos = {item: api.dataset_info(item) for item in self.inputs if is_hub_id(item)}
         public = report | {
             "inputs": [item if item in infos else Path(item).name for item in self.inputs],
             "input_revisions": {item: info.sha for item, info in infos.items()},
+            "output": {f"data/{name}": facts for name, facts in _hashes(files).items()},
         }
         licenses = {info.card_data and info.card_data.license for info in infos.values()} - {None}
         write_json(public, folder / "selection.json")
@@ -328,11 +316,29 @@ def _matches(pattern: str, path: Path) -> bool:
     return fits(*(Path(os.path.realpath(name)).parts for name in (path, pattern)))
 
 
-def _moved(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
+def _check_replaceable(folder: Path) -> None:
+    """A folder that this program wrote, and nobody has changed since: all other ones stay as they are."""
+    report = read_report(folder / "selection.json") if (folder / "selection.json").is_file() else None
+    files = {} if report is None else report["output"]
+    ours = {*files, "state.json", "dataset_info.json", "selection.json", "refused.jsonl"}
+    foreign = sorted(path.name for path in folder.iterdir() if report is None or path.name not in ours)
+    foreign += [
+        name
+        for name, facts in files.items()
+        if (folder / name).is_file() and content_hash(folder / name)[0] != facts["xxh3_128"]
+    ]
+    if foreign:
+        raise ValueError(
+            f"{folder} is no dataset of an earlier run alone, and would be replaced: expected an empty folder, got "
+            f"{foreign[0]} there, which is not ours: give another output"
+        )
+
+
+def _sources_of_lines(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
     """Files in which a line cannot tell its source by the name of the file, and the sources of their lines in order."""
     runs: dict[str, list] = {}
-    for name, part in zip(names, emitted, strict=True):
-        for source, n_rows in part.runs:
+    for name, shard in zip(names, emitted, strict=True):
+        for source, n_rows in shard.runs:
             run = runs.setdefault(name, [])
             if run and run[-1][0] == source:
                 run[-1][1] += n_rows
@@ -341,18 +347,11 @@ def _moved(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
     return {name: run for name, run in runs.items() if {source for source, _ in run} != {Path(name).stem}}
 
 
-def _digest(parts: Iterable[Path]) -> str:
-    """XXH3-128 of the kept lines in order, whatever their files: the name of a subset."""
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        with open(part, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+def _hashes(files: Iterable[Path]) -> dict[str, dict]:
+    return {file.name: {"xxh3_128": content_hash(file)[0]} for file in files}
 
 
-def _join(parts: list[Path], target: Path) -> None:
-    with open(target, "wb") as out:
-        for part in parts:
-            with open(part, "rb") as file:
-                shutil.copyfileobj(file, out, 2**20)
+def _blocks(file: Path) -> Iterator[bytes]:
+    with open(file, "rb") as content:
+        while block := content.read(2**20):
+            yield block
