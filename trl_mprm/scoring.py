@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import (
     BitsAndBytesConfig,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,10 +24,10 @@ from .models.anatomy import base_of, is_vision_language
 from .models.classifier import StepClassifier, load_step_classifier
 from .models.distinct_images import encode_distinct_images
 from .models.loading import add_marker, load_model, load_processing_class
-from .models.reader import concentration, good_minus_bad, marker_logits
+from .models.reader import StepReader, batch_inputs, concentration, good_minus_bad
 from .models.shared_prefix import can_share_prefix, prefix_inputs, run_prefix, shared_length, suffix_inputs
 from .prompting.published import CHECKPOINTS, published_format
-from .prompting.rendering import pad_batch, render_rows
+from .prompting.rendering import render_rows
 from .prompting.step_format import StepFormat
 from .prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, tokenizer_of
 from .step_scorer import StepScorer
@@ -59,7 +61,7 @@ class ProcessRewardModel(StepScorer):
         self.name = name or Path(base_of(model).config.name_or_path).name or "process_reward"
         if isinstance(processing_class, ProcessorMixin):
             encode_distinct_images(base_of(model))
-        self.step_ids = self.step_format.ids(tokenizer_of(processing_class))
+        self.reader = StepReader(self.step_format, tokenizer_of(processing_class))
 
     @property
     def reads_images(self) -> bool:
@@ -249,8 +251,7 @@ class ProcessRewardModel(StepScorer):
             return [
                 logits for part in (rows[:half], rows[half:]) for logits in self._plain_logits(part, max_batch_tokens)
             ]
-        batch, markers = pad_batch(rendered, tokenizer_of(self.processing_class))
-        return self._forward(image_tensors | batch, markers)
+        return self._read(rendered, batch_inputs(rendered, image_tensors, tokenizer_of(self.processing_class)))
 
     def _shared_logits(self, rows: list[dict[str, Any]], max_batch_tokens: int) -> list[torch.Tensor]:
         rendered, image_tensors = self._render(rows, same_prompt=True)
@@ -258,23 +259,22 @@ class ProcessRewardModel(StepScorer):
         if length == 0:
             return self._plain_logits(rows, max_batch_tokens)
         inputs = prefix_inputs(rendered[0], length, image_tensors)
-        prefix = run_prefix(self.model, {name: value.to(self.model.device) for name, value in inputs.items()})
+        prefix = run_prefix(self.model, send_to_device(inputs, self.model.device))
         logits: dict[int, torch.Tensor] = {}
         order = sorted(range(len(rows)), key=lambda index: len(rendered[index].input_ids))
         while order:
             longest = len(rendered[order[-1]].input_ids) - length
             order, chunk = _split_off(order, int(max_batch_tokens // (longest + length / 8)))
-            tokens, markers = suffix_inputs([rendered[index] for index in chunk], length)
-            logits |= zip(chunk, self._forward({"input_ids": tokens}, markers, past_key_values=prefix), strict=True)
+            following = [rendered[index] for index in chunk]
+            read = self._read(following, suffix_inputs(following, length), past_key_values=prefix)
+            logits |= zip(chunk, read, strict=True)
         return [logits[index] for index in range(len(rows))]
 
-    def _forward(self, inputs: dict[str, torch.Tensor], markers: torch.Tensor, **kwargs: Any) -> list[torch.Tensor]:
-        device = self.model.device
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        ids = self.step_ids
-        token_ids = [ids.good, ids.bad] if self.step_format.head else [ids.good, ids.bad, *ids.marker[-1:]]
-        flat = marker_logits(self.model, inputs | kwargs, markers.to(device), token_ids)
-        return list(flat.split(markers.sum(1).tolist()))
+    def _read(
+        self, rendered: Sequence[Rendered], inputs: dict[str, torch.Tensor], **past: Cache
+    ) -> list[torch.Tensor]:
+        logits = self.reader.read(self.model, send_to_device(inputs, self.model.device) | past)
+        return list(logits.split([len(row.positions) for row in rendered]))
 
 
 def _tokens_read(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -235,7 +235,7 @@ def test_a_shared_prefix_and_sharded_weights_are_refused(launcher, tiny_folders,
         for name, value in fsdp_environment().items():
             monkeypatch.setenv(name, value)
     else:  # DeepSpeed is not among our dependencies
-        monkeypatch.setattr("trl_mprm.training.trainer.is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr("trl_mprm.training.host.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="share_prefix under FSDP or DeepSpeed ZeRO-3.*train with DDP, or without it"):
         ProcessRewardTrainer(
             model=tiny_folders["qwen2"],

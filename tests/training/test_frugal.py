@@ -274,7 +274,8 @@ def test_weights_scale_the_loss_by_hand(tiny_folders, tmp_path):
     rows = rollouts("qwen2")
     plain = make_trainer(tiny_folders, "qwen2", tmp_path, rows)
     batch = plain.data_collator(rows)
-    logits, labels, counts = plain._marker_logits(plain.model, batch)
+    logits, _, labelled = plain.read(plain.model, batch)
+    labels, counts = batch["labels"][labelled], labelled.sum(1)
     losses = torch.nn.functional.softplus(torch.where(labels > 0, -1, 1) * (logits[:, 0] - logits[:, 1]))
     source = torch.tensor([row["source"] == "b" for row in rows]).repeat_interleave(counts)
     expected = (losses * torch.where(labels > 0, 0.5, 3.0) * torch.where(source, 4.0, 1.0)).sum() / len(labels)
@@ -291,7 +292,7 @@ def test_weights_scale_the_loss_by_hand(tiny_folders, tmp_path):
     ],
 )
 def test_bad_counts(change, message, tiny_folders):
-    collator = DataCollatorForProcessReward(None, counts=True)
+    collator = DataCollatorForProcessReward(None, loss_type="beta_binomial")
     row = rollouts("qwen2")[0] | {"mc_counts": [4], "mc_total": 16} | change
     with pytest.raises(ValueError, match=message):
         collator([row])
@@ -308,7 +309,7 @@ def test_overlong_rows(share_prefix, tiny_folders, tmp_path, caplog):
         collator.share_prefix = False
         lengths = [len(collator([row])["input_ids"][0]) for row in rows]
         collator.share_prefix = True
-    assert "overlong" not in whole
+    assert "overlong" not in whole.get("extra", {})
     limit = sorted(lengths)[4]
     too_long = [index for index, length in enumerate(lengths) if length > limit]
     assert len(too_long) >= 2
@@ -320,7 +321,7 @@ def test_overlong_rows(share_prefix, tiny_folders, tmp_path, caplog):
     batch = collator(rows)
     steps = sum(len(rows[index]["labels"]) for index in too_long)
     labelled = sum(label != IGNORE_INDEX for index in too_long for label in rows[index]["labels"])
-    assert batch["overlong"].tolist() == [len(too_long), steps, labelled]
+    assert batch["extra"]["overlong"].tolist() == [len(too_long), steps, labelled]
     assert (batch["labels"] != IGNORE_INDEX).sum() + labelled == sum(
         label != IGNORE_INDEX for row in rows for label in row["labels"]
     )
@@ -328,7 +329,7 @@ def test_overlong_rows(share_prefix, tiny_folders, tmp_path, caplog):
     collator.overlong = "drop_steps"
     caplog.clear()
     batch = collator(rows)
-    dropped_rows, dropped_steps, dropped_labels = batch["overlong"].tolist()
+    dropped_rows, dropped_steps, dropped_labels = batch["extra"]["overlong"].tolist()
     assert dropped_rows < len(too_long) and dropped_steps < steps and dropped_labels < labelled
     assert len([record for record in caplog.records if "labelled steps dropped" in record.message]) == len(too_long)
     if not share_prefix:
@@ -339,7 +340,7 @@ def test_overlong_rows(share_prefix, tiny_folders, tmp_path, caplog):
 
     collator.max_length = 3  # nothing fits: the batch teaches nothing, and the run goes on
     batch = collator(rows)
-    assert batch["overlong"].tolist()[0] == len(rows) and (batch["labels"] == IGNORE_INDEX).all()
+    assert batch["extra"]["overlong"].tolist()[0] == len(rows) and (batch["labels"] == IGNORE_INDEX).all()
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(0))
     loss.backward()
     assert loss.item() == 0
@@ -352,7 +353,7 @@ def test_overlong_steps_are_counted_in_the_logs(tiny_folders, tmp_path):
     )
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "overlong_rows" in entry]
-    expected = trainer.data_collator(rows)["overlong"].tolist()
+    expected = trainer.data_collator(rows)["extra"]["overlong"].tolist()
     assert expected[1] > 0
     names = ("overlong_rows", "overlong_steps", "overlong_labelled_steps")
     assert [logged[-1][name] for name in names] == expected

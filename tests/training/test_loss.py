@@ -4,10 +4,19 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
+from helpers import make_trainer, rollouts
 from scipy.stats import betabinom
 
 from trl_mprm.models.reader import concentration
-from trl_mprm.training.loss import beta_binomial_losses, class_weighted, step_losses, step_targets
+from trl_mprm.training.loss import (
+    LOSSES,
+    StepLoss,
+    beta_binomial_losses,
+    class_weighted,
+    step_losses,
+    step_targets,
+)
 
 
 LABELS = torch.tensor([0.0, 1 / 16, 2 / 16, 0.5, 1.0])
@@ -88,3 +97,43 @@ def test_beta_binomial_is_finite_where_the_mean_is_extreme():
 def test_class_weights():
     losses, targets = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 0.0, 0.75])
     assert class_weighted(losses, targets, good=0.5, bad=3.0).tolist() == [0.5, 6.0, 4 * (0.375 + 0.75)]
+
+
+def test_a_new_loss_is_one_entry(tiny_folders, tmp_path, monkeypatch):
+    """A squared error with a weight per step, from a column of its own: checked, collated, cut with its step, trained."""
+
+    def of_row(row, name):
+        if len(row["sure"]) != len(row["labels"]):
+            raise ValueError(f"{name}: {len(row['sure'])} values in `sure`, expected one per step")
+        return row["labels"], {"sure": row["sure"]}
+
+    squared = StepLoss(
+        help="squared error of the score, weighted by the column sure",
+        losses=lambda logits, targets, columns, config: (
+            columns["sure"] * ((logits[:, 0] - logits[:, 1]).sigmoid() - targets) ** 2
+        ),
+        targets=lambda labels, threshold: labels,
+        columns=("sure",),
+        of_row=of_row,
+        fits=lambda table: False,
+    )
+    monkeypatch.setitem(LOSSES, "squared", squared)
+    rows = rollouts("qwen2")
+    with pytest.raises(ValueError, match="train_dataset has no column sure"):
+        make_trainer(tiny_folders, "qwen2", tmp_path, rows, loss_type="squared")
+    rows = [row | {"sure": [1.0 + number for number in range(len(row["labels"]))]} for row in rows]
+    short = [*rows, rows[0] | {"sure": [], "rollout_id": "r:short"}]
+    with pytest.raises(ValueError, match="train_dataset, row r:short: 0 values in `sure`, expected one per step"):
+        make_trainer(tiny_folders, "qwen2", tmp_path, short, loss_type="squared")
+    settings = {"overlong": "drop_steps", "max_length": 60}
+    trainer = make_trainer(tiny_folders, "qwen2", tmp_path, rows, loss_type="squared", max_steps=1, **settings)
+    batch = trainer.data_collator(rows)
+    labelled = batch["labels"] != -100
+    assert batch["extra"]["overlong"][2] > 0 and len(batch["extra"]["sure"]) == labelled.sum()
+    logits, losses, _ = trainer.read(trainer.model, batch)
+    sure = torch.cat([1.0 + torch.arange(n)[torch.arange(n) != 1] for n in (1, 2, 3, 4)] * 2)[: len(losses)]
+    error = (logits[:, 0] - logits[:, 1]).sigmoid() - batch["labels"][labelled]
+    assert set(batch["extra"]["sure"].tolist()) <= set(sure.tolist())
+    torch.testing.assert_close(losses, batch["extra"]["sure"] * error**2)
+    trainer.train()
+    assert Dataset.from_list(trainer.state.log_history)["loss"][0] > 0

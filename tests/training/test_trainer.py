@@ -26,7 +26,7 @@ from trl_mprm.models.anatomy import modules_beside_decoder
 from trl_mprm.models.loading import load_model, load_processing_class
 from trl_mprm.prompting.step_format import StepFormat
 from trl_mprm.training.collator import DataCollatorForProcessReward
-from trl_mprm.training.trainer import describe_model
+from trl_mprm.training.preparation import describe_model
 
 
 def losses(trainer: ProcessRewardTrainer) -> list[float]:

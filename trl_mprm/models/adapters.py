@@ -1,11 +1,16 @@
-"""LoRA on the text decoder, with the marker's embedding row."""
+"""
+LoRA on the text decoder, with the marker's embedding row. What reaches into PEFT is here:
+
+- `PeftModel.save_pretrained` (peft/peft_model.py), in [`adapted`];
+- `TrainableTokensLayer.forward_adapters` (peft/tuners/trainable_tokens/layer.py), in [`train_marker_in_place`].
+"""
 
 import copy
 import functools
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import (
     PreTrainedModel,
@@ -29,6 +34,25 @@ def fill_peft_config(
         name = next(name for name, module in model.named_modules() if module is embeddings)
         peft_config.trainable_token_indices = {name.rpartition(".")[2]: [marker_id]}
     return peft_config
+
+
+def adapted(
+    model: PreTrainedModel,
+    peft_config: LoraConfig,
+    marker_id: int,
+    reward_head: str = "lm",
+    revision: str | None = None,
+) -> PeftModel:
+    """
+    Put an adapter onto a model, see [`fill_peft_config`].
+
+    PEFT would save the whole embedding, frozen as it is, where the marker made the vocabulary longer.
+    """
+    peft_config = fill_peft_config(peft_config, model, marker_id, reward_head)
+    model = get_peft_model(model, peft_config, revision=revision)
+    train_marker_in_place(model)
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    return model
 
 
 def train_marker_in_place(model: PeftModel) -> None:

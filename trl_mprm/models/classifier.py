@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GenericForTokenClassification
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .anatomy import base_of
@@ -83,3 +84,21 @@ def check_classifier(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+
+
+def classifier_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], markers: torch.Tensor) -> torch.Tensor:
+    """
+    Logits `(markers.sum(), 2)` of a token classifier at the marked positions, through whatever wraps the model.
+
+    `GenericForTokenClassification.forward` (transformers/modeling_layers.py) has no `logits_to_keep`: it hands all
+    hidden states to `self.score`, in front of which those of the markers are picked. Other classes are read in full.
+    """
+    generic = (module for module in model.modules() if isinstance(module, GenericForTokenClassification))
+    classifier = next(generic, None)
+    if classifier is None:
+        return model(**inputs).logits[markers]
+    hook = classifier.score.register_forward_pre_hook(lambda head, args: (args[0][markers],))
+    try:
+        return model(**inputs).logits
+    finally:
+        hook.remove()

@@ -1,38 +1,110 @@
-"""Read the reward of each step off a model."""
+"""
+The one way in which the reward of a step is read off a model, in training and in scoring.
+
+    rendered batch          {"input_ids": (rows, tokens), images, "markers": (rows, tokens)}
+    rows of one question    {"prefix": {"input_ids": (1, P), images}, "input_ids": (rows, R), "markers": (rows, R)}
+    logits                  (steps, tokens read): of "Yes", of "No", of the marker itself
+
+Training is a loss of these logits, a score the sigmoid of the first minus the second.
+"""
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from ..prompting.rendering import pad_batch
+from ..prompting.step_format import StepFormat
+from ..prompting.tokens import Rendered
+from .anatomy import base_of, is_vision_language
+from .classifier import StepClassifier, classifier_logits
+from .distinct_images import encoded_once
+from .shared_prefix import run_prefix
 
 
-def marker_logits(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], markers: torch.Tensor, token_ids: Sequence[int]
-) -> torch.Tensor:
+class StepReader:
     """
-    Logits of a few tokens at each marker, computed by one forward whose LM head sees the markers only.
+    Reads one row of logits per step. It holds no weights: what is saved, adapted or sharded is the model alone.
 
     Args:
-        model (`torch.nn.Module`):
-            Model, possibly wrapped (PEFT, DDP, FSDP).
-        inputs (`dict[str, torch.Tensor]`):
-            What `forward` takes; `input_ids` of shape `(rows, tokens)`.
-        markers (`torch.Tensor`):
-            Bool mask of shape `(rows, tokens)`, True at each marker.
-        token_ids (`Sequence[int]`):
-            Tokens, the two reward tokens first.
+        step_format ([`StepFormat`]):
+            Says which token ends a step, which tokens tell good from bad, and whether a classification head does.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer, which knows the marker.
 
-    Returns:
-        `torch.Tensor`: float32, shape `(markers.sum(), len(token_ids))`, in row order.
+    Examples:
+    ```python
+    >>> import torch
+    >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+    >>> from trl_mprm import StepFormat
+    >>> from trl_mprm.models.reader import StepReader, batch_inputs
+    >>> from trl_mprm.models.tiny import tiny_tokenizer
+    >>> from trl_mprm.prompting.rendering import render_rows
+    >>> tokenizer, step_format = tiny_tokenizer("qwen2"), StepFormat(marker="<|im_end|>")
+    >>> config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> rows = [{"prompt": "2 + 2?", "completions": ["2 + 2", "is 4"]}, {"prompt": "1?", "completions": ["1"]}]
+    >>> inputs = batch_inputs(*render_rows(rows, tokenizer, step_format), tokenizer)
+    >>> StepReader(step_format, tokenizer).read(Qwen2ForCausalLM(config), inputs).shape  # three steps, three tokens
+    torch.Size([3, 3])
+
+    ```
     """
-    logits = model(**inputs, logits_to_keep=markers, use_cache="past_key_values" in inputs).logits
-    if logits.ndim != 2:
-        raise ValueError(
-            f"expected logits at the {int(markers.sum())} markers only, got shape {tuple(logits.shape)}: this model's "
-            "forward does not take a boolean `logits_to_keep` (transformers >= 5.21 native classes do)"
-        )
-    return logits[:, list(token_ids)].float()
+
+    def __init__(self, step_format: StepFormat, tokenizer: PreTrainedTokenizerBase):
+        self.step_ids = step_format.ids(tokenizer)
+        self.has_head = step_format.head is not None
+        marker = [] if self.has_head else self.step_ids.marker[-1:]
+        self.token_ids = [self.step_ids.good, self.step_ids.bad, *marker]
+
+    def read(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Logits of the reward tokens, then of the marker, at each marked position; the head sees no other position.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model, possibly wrapped (PEFT, DDP, FSDP).
+            inputs (`dict`):
+                On the device of the model, one of: what `forward` takes, with `markers`, a bool mask `(rows, tokens)`;
+                the same of what follows a `prefix` (see [`~shared_prefix.prefix_inputs`]); or several of both, as
+                `{"plain": ..., "groups": [...]}`, whose pictures are encoded once.
+
+        Returns:
+            `torch.Tensor`: float32, shape `(markers.sum(), 3)`, in row order; `(markers.sum(), 2)` with a
+            classification head.
+
+        Raises:
+            `ValueError`: the model computes the logits of all positions all the same.
+        """
+        if "groups" in inputs:
+            plain = [inputs["plain"]] if "plain" in inputs else []
+            with encoded_once(base_of(model)) if is_vision_language(model.config) else nullcontext():
+                return torch.cat([self.read(model, part) for part in plain + inputs["groups"]])
+        features = {name: value for name, value in inputs.items() if name not in ("markers", "prefix")}
+        markers = inputs["markers"]
+        if "prefix" in inputs:
+            features["past_key_values"] = run_prefix(model, inputs["prefix"])
+        if self.has_head and not isinstance(model, StepClassifier):
+            logits = classifier_logits(model, features, markers)
+        else:
+            logits = model(**features, logits_to_keep=markers, use_cache="past_key_values" in features).logits
+        if logits.ndim != 2:
+            raise ValueError(
+                f"expected logits at the {int(markers.sum())} markers only, got shape {tuple(logits.shape)}: this "
+                "model's forward does not take a boolean `logits_to_keep` (transformers >= 5.21 native classes do)"
+            )
+        return logits[:, self.token_ids].float()
+
+
+def batch_inputs(
+    rendered: Sequence[Rendered], image_tensors: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """What [`StepReader.read`] takes of rendered rows: tokens padded on the right, images, and the `markers`."""
+    tokens, markers = pad_batch(rendered, tokenizer)
+    return {**image_tensors, **tokens, "markers": markers}
 
 
 def good_minus_bad(logits: torch.Tensor) -> torch.Tensor:

@@ -80,9 +80,9 @@ def prefix_inputs(row: Rendered, length: int, image_tensors: dict[str, torch.Ten
     return {**image_tensors, **{name: torch.tensor([values[:length]]) for name, values in tokens.items()}}
 
 
-def suffix_inputs(rows: Sequence[Rendered], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def suffix_inputs(rows: Sequence[Rendered], length: int) -> dict[str, torch.Tensor]:
     """
-    What stands after the first `length` tokens, and the mask of the positions that are read: `(rows, tokens)` both.
+    The `input_ids` after the first `length` tokens, and `markers`, the positions that are read: `(rows, tokens)` both.
 
     Padding stands on the right, where causal attention never looks: no attention mask is needed.
     """
@@ -91,7 +91,7 @@ def suffix_inputs(rows: Sequence[Rendered], length: int) -> tuple[torch.Tensor, 
     markers = torch.zeros(tokens.shape, dtype=torch.bool)
     for row_markers, row in zip(markers, rows, strict=True):
         row_markers[[position - length for position in row.positions]] = True
-    return tokens, markers
+    return {"input_ids": tokens, "markers": markers}
 
 
 def run_prefix(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Cache:

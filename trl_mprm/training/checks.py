@@ -12,23 +12,8 @@ from datasets import Dataset, IterableDataset
 
 from ..data.rows import IGNORE_INDEX, check_row, is_text
 from ..prompting.tokens import check_prompt, row_name
+from .loss import LOSSES
 from .sampling import undecoded
-
-
-def with_count_labels(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """The labels as shares of counts; raise `ValueError` where a labelled step has no count."""
-    counts, total = row.get("mc_counts"), row.get("mc_total")
-    if counts is None or not total or len(counts) != len(row["labels"]):
-        raise ValueError(
-            f'{name}: loss_type="beta_binomial" needs `mc_counts`, one a step, and `mc_total` above 0, '
-            f"got {counts!r:.60} and {total!r}"
-        )
-    labels = []
-    for number, (label, count) in enumerate(zip(row["labels"], counts, strict=True)):
-        if label != IGNORE_INDEX and not (isinstance(count, int) and 0 <= count <= total):
-            raise ValueError(f"{name}: count of step {number} is {count!r}, expected 0 to {total}")
-        labels.append(IGNORE_INDEX if label == IGNORE_INDEX else count / total)
-    return row | {"labels": labels}
 
 
 # Types of an Arrow column.
@@ -57,12 +42,13 @@ def _where(dataset: Dataset, name: str, index: int) -> str:
 
 
 def check_dataset(
-    dataset: Dataset | IterableDataset, name: str, counts: bool = False, source_weights: bool = False
+    dataset: Dataset | IterableDataset, name: str, loss_type: str = "hard", source_weights: bool = False
 ) -> None:
     """Raise `ValueError` for the first row without steps or usable labels, before training; streams fail at the row."""
     if dataset.column_names is None:  # of a stream, as after a map; its rows are checked as they come
         return
-    expected = {"prompt", "completions", "labels"} | ({"mc_counts", "mc_total"} if counts else set())
+    loss = LOSSES[loss_type]
+    expected = {"prompt", "completions", "labels", *loss.columns}
     expected |= {"source"} if source_weights else set()
     missing = expected - set(dataset.column_names)
     if missing:
@@ -80,13 +66,12 @@ def check_dataset(
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows: check the selection")
     table = arrow_columns(dataset, *expected - {"source"})
-    if _all_rows_fit(table) and (not counts or _all_counts_fit(table)):
+    if _all_rows_fit(table) and loss.fits(table):
         return
     for index, row in enumerate(dataset.remove_columns([c for c in dataset.column_names if c == "images"])):
         where = f"{name}, {row_name(row, index).removesuffix(' of the batch')}"
         check_row(row, where)
-        if counts:
-            with_count_labels(row, where)
+        loss.of_row(row, where)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -115,21 +100,6 @@ def _all_rows_fit(table: pa.Table) -> bool:
     labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])
     whole = texts.null_count == values.null_count == 0 and len(labelled) == len(table)
     return whole and same_length and not blank and pc.all(usable).as_py()
-
-
-def _all_counts_fit(table: pa.Table) -> bool:
-    """Whether no row that fits can fail [`with_count_labels`]."""
-    counts, totals = table["mc_counts"], table["mc_total"]
-    if not _lists_of(counts, pa.types.is_integer) or totals.null_count:
-        return False
-    labels, counts = table["labels"].combine_chunks(), counts.combine_chunks()
-    if not pc.all(pc.equal(pc.list_value_length(counts), pc.list_value_length(labels))).as_py():
-        return False
-    values = pc.list_flatten(counts)
-    total = totals.take(pc.list_parent_indices(counts))
-    fits = pc.fill_null(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, total)), False)
-    ignored = pc.equal(pc.list_flatten(labels).cast(pa.float64()), IGNORE_INDEX)
-    return pc.all(pc.greater(totals, 0)).as_py() and pc.all(pc.or_(fits, ignored)).as_py()
 
 
 def check_images(dataset: Dataset | IterableDataset, name: str) -> None:

@@ -1,25 +1,31 @@
 """
-Rows in, one padded batch with a label at every marker out.
+Rows in, one padded batch with a label at every marker out: the labels, what the model reads, and beside them, under
+`extra`, what else the loss and the logs need.
+
+    {"labels": (rows, tokens), "input_ids": (rows, tokens), "attention_mask": (rows, tokens), images,
+     "extra": {"mc_total": (steps,), "row_weights": (steps,), "overlong": (3,), ...}}
 
 With `share_prefix`, rows of the same images and question come as one prefix and its continuations:
 
-    {"labels": ..., "plain": {...rows that share with no other...},
+    {"labels": (rows, most steps), "plain": {...rows that share with no other...},
      "groups": [{"prefix": {"input_ids": (1, P), images}, "input_ids": (rows, R), "markers": (rows, R)}, ...]}
 """
 
 import logging
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
 from datasets import Image
 
 from ..data.rows import IGNORE_INDEX, check_row, question_key
+from ..models.reader import batch_inputs
 from ..models.shared_prefix import prefix_inputs, shared_length, suffix_inputs
-from ..prompting.rendering import pad_batch, render_rows
+from ..prompting.rendering import render_rows
 from ..prompting.step_format import StepFormat
 from ..prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, tokenizer_of
-from .checks import with_count_labels
+from .loss import LOSSES
 
 
 logger = logging.getLogger(__name__)
@@ -45,14 +51,14 @@ class DataCollatorForProcessReward:
             Most tokens a row may have, those of its images included. Images are never cut.
         overlong (`str`, *optional*, defaults to `"error"`):
             What happens to a longer row: `"error"`, `"drop_steps"` (its last steps, as many as needed; the row where
-            no label is left) or `"drop_row"`. The batch counts what was dropped under `overlong`: rows, steps, and
-            labelled steps.
+            no label is left) or `"drop_row"`. The batch counts what was dropped under `extra["overlong"]`: rows,
+            steps, and labelled steps.
         share_prefix (`bool`, *optional*, defaults to `False`):
             Give rows of the same images and question as one prefix and its continuations.
-        counts (`bool`, *optional*, defaults to `False`):
-            Labels are `mc_counts / mc_total` and the batch holds `mc_total`, `(rows,)`, for count losses.
+        loss_type (`str`, *optional*, defaults to `"hard"`):
+            Name in [`~loss.LOSSES`]: says which labels a row has, and what `extra` holds of each labelled step.
         source_weights (`dict[str, float]`, *optional*):
-            Weight of the rows of each `source`, 1 where none is named; the batch holds `row_weights`, `(rows,)`.
+            Weight of the rows of each `source`, 1 where none is named: `extra["row_weights"]` of each labelled step.
 
     Examples:
     ```python
@@ -85,32 +91,42 @@ class DataCollatorForProcessReward:
     max_length: int | None = None
     overlong: str = "error"
     share_prefix: bool = False
-    counts: bool = False
+    loss_type: str = "hard"
     source_weights: dict[str, float] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        for index, row in enumerate(rows):
-            check_row(row, row_name(row, index))
-        if self.counts:
-            rows = [with_count_labels(row, row_name(row, index)) for index, row in enumerate(rows)]
-        n_rows = len(rows)
-        rows = [_fetched(row, row_name(row, index)) | {"row_index": index} for index, row in enumerate(rows)]
-        if self.share_prefix:
-            rows, batch, dropped = self._shared(rows)
-        else:
-            rows, rendered, image_tensors, dropped = self._fitting(rows)
-            batch = self._plain(rows, rendered, image_tensors)
+        prepared = [self._prepared(row, index) for index, row in enumerate(rows)]
+        used, inputs, dropped = (self._shared if self.share_prefix else self._plain)(prepared)
+        labels = inputs.pop("labels")
+        extra: dict[str, torch.Tensor] = {}
         if self.max_length is not None:
-            batch["overlong"] = torch.tensor(dropped)
+            extra["overlong"] = torch.tensor(dropped)
         if self.max_length is not None or self.share_prefix:  # which rows are left, and in which order
-            batch["row_index"] = torch.tensor([row["row_index"] for row in rows])
-            batch["n_rows"] = torch.tensor(n_rows)
-        if self.counts:
-            batch["mc_total"] = torch.tensor([float(row.get("mc_total", 1)) for row in rows])
+            extra["row_index"] = torch.tensor([row["row_index"] for row in used])
+            extra["n_rows"] = torch.tensor(len(rows))
+        for name in used[0]["of_steps"]:
+            values = [value for row in used for value, label in zip(row["of_steps"][name], row["labels"], strict=True)
+                      if label != IGNORE_INDEX]  # fmt: skip
+            extra[name] = torch.tensor(values, dtype=torch.float32)
+        # Labels stand first: by them Trainer counts the rows.
+        return {"labels": labels, **inputs, **({"extra": extra} if extra else {})}
+
+    def _prepared(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """A checked row with its pictures at hand, and what the loss needs of each step."""
+        name = row_name(row, index)
+        check_row(row, name)
+        labels, of_steps = LOSSES[self.loss_type].of_row(row, name)
         if self.source_weights is not None:
-            weights = [self.source_weights.get(row.get("source"), 1.0) for row in rows]
-            batch["row_weights"] = torch.tensor(weights, dtype=torch.float32)
-        return batch
+            of_steps = of_steps | {"row_weights": [self.source_weights.get(row.get("source"), 1.0)] * len(labels)}
+        return _fetched(row, name) | {"labels": labels, "of_steps": of_steps, "row_index": index}
+
+    def _plain(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any], list[int]]:
+        rows, rendered, image_tensors, dropped = self._fitting(rows)
+        inputs = batch_inputs(rendered, image_tensors, tokenizer_of(self.processing_class))
+        markers = inputs.pop("markers")  # those of labelled steps are where a label is
+        labels = torch.full(markers.shape, float(IGNORE_INDEX))
+        labels[markers] = torch.tensor([float(label) for row in rows for label in row["labels"]])
+        return rows, {"labels": labels, **inputs}, dropped
 
     def _shared(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any], list[int]]:
         prompts: dict[Any, list[dict]] = {}
@@ -118,37 +134,24 @@ class DataCollatorForProcessReward:
             with errors_name_row(row, index):
                 prompts.setdefault(question_key(row["prompt"], images_of(row)), []).append(row)
         alone = [group[0] for group in prompts.values() if len(group) == 1]
-        # Labels stand first: by them Trainer counts the rows.
-        used, batch, dropped = [], {"labels": None, "groups": []}, [0, 0, 0]
-        for group in [alone] * bool(alone) + [group for group in prompts.values() if len(group) > 1]:
-            fitting, rendered, image_tensors, group_dropped = self._fitting(group, same_prompt=group is not alone)
+        used, inputs, dropped = [], {"groups": []}, [0, 0, 0]
+        if alone:
+            used, plain, dropped = self._plain(alone)
+            inputs["plain"] = plain | {"markers": plain.pop("labels") != IGNORE_INDEX}
+        for group in (group for group in prompts.values() if len(group) > 1):
+            fitting, rendered, image_tensors, group_dropped = self._fitting(group, same_prompt=True)
             used += fitting
             dropped = [sum(pair) for pair in zip(dropped, group_dropped, strict=True)]
-            if group is alone:
-                batch["plain"] = self._plain(fitting, rendered, image_tensors)
-                continue
             length = shared_length(rendered)
-            labelled = [
-                [position for position, label in zip(tokens.positions, row["labels"], strict=True) if label >= 0]
-                for tokens, row in zip(rendered, fitting, strict=True)
-            ]
-            rendered = [tokens._replace(positions=read) for tokens, read in zip(rendered, labelled, strict=True)]
-            tokens, markers = suffix_inputs(rendered, length)
+            for number, (tokens, row) in enumerate(zip(rendered, fitting, strict=True)):
+                labelled = [label != IGNORE_INDEX for label in row["labels"]]
+                rendered[number] = tokens._replace(positions=list(compress(tokens.positions, labelled)))
             prefix = prefix_inputs(rendered[0], length, image_tensors)
-            batch["groups"].append({"prefix": prefix, "input_ids": tokens, "markers": markers})
+            inputs["groups"].append({"prefix": prefix, **suffix_inputs(rendered, length)})
         width = max(len(row["labels"]) for row in used)
         # Trainer counts labels from the second column on.
         padded = [[IGNORE_INDEX, *row["labels"], *[IGNORE_INDEX] * (width - len(row["labels"]))] for row in used]
-        batch["labels"] = torch.tensor(padded, dtype=torch.float32)
-        return used, batch, dropped
-
-    def _plain(
-        self, rows: list[dict[str, Any]], rendered: list[Rendered], image_tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        batch, markers = pad_batch(rendered, tokenizer_of(self.processing_class))
-        labels = torch.full(markers.shape, float(IGNORE_INDEX))
-        labels[markers] = torch.tensor([float(label) for row in rows for label in row["labels"]])
-        return {**image_tensors, **batch, "labels": labels}
+        return used, {"labels": torch.tensor(padded, dtype=torch.float32), **inputs}, dropped
 
     def _fitting(
         self, rows: list[dict[str, Any]], same_prompt: bool = False
@@ -170,9 +173,12 @@ class DataCollatorForProcessReward:
             dropped = [sum(pair) for pair in zip(dropped, counted, strict=True)]
             logger.warning(f"{name}: {counted[2]} labelled steps dropped, {n_kept} steps kept")
             if n_kept:
-                fitting.append(row | {key: row[key][:n_kept] for key in ("completions", "labels")})
+                of_steps = {column: values[:n_kept] for column, values in row["of_steps"].items()}
+                kept = {key: row[key][:n_kept] for key in ("completions", "labels")}
+                fitting.append(row | kept | {"of_steps": of_steps})
         if any(dropped):
-            fitting = fitting or [NOTHING | {"row_index": rows[0]["row_index"]}]
+            of_steps = {column: values[:1] for column, values in rows[0]["of_steps"].items()}
+            fitting = fitting or [NOTHING | {"row_index": rows[0]["row_index"], "of_steps": of_steps}]
             rendered, image_tensors = render_rows(fitting, self.processing_class, self.step_format, same_prompt)
         return fitting, rendered, image_tensors, dropped
 

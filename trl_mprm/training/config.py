@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..prompting.step_format import StepFormat
-from .loss import LOSS_TYPES
+from .loss import LOSSES
 
 
 OVERLONG = ("error", "drop_steps", "drop_row")
@@ -93,7 +93,8 @@ class ProcessRewardConfig(TrainingArguments):
         metadata={"help": "The two tokens for a good and a bad step."},
     )
     loss_type: str = field(
-        default="hard", metadata={"help": "'hard', 'soft' or 'beta_binomial'.", "choices": LOSS_TYPES}
+        default="hard",
+        metadata={"help": "; ".join(f"{n}: {loss.help}" for n, loss in LOSSES.items()), "choices": tuple(LOSSES)},
     )
     hard_threshold: float = field(default=0.0, metadata={"help": "Hard label = 1[MC score > threshold]."})
     concentration_penalty: float = field(default=0.05, metadata={"help": "Of loss_type='beta_binomial'."})
@@ -116,7 +117,7 @@ class ProcessRewardConfig(TrainingArguments):
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "Do not train the vision encoder."})
 
     def __post_init__(self):
-        choices = {"loss_type": LOSS_TYPES, "overlong": OVERLONG, "reward_head": REWARD_HEADS}
+        choices = {"loss_type": tuple(LOSSES), "overlong": OVERLONG, "reward_head": REWARD_HEADS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
@@ -135,8 +136,9 @@ class ProcessRewardConfig(TrainingArguments):
             )
         if not self.step_separator:
             raise ValueError("step_separator is empty, expected text that ends a step")
-        if self.reward_head == "classification" and (self.share_prefix or self.loss_type == "beta_binomial"):
-            raise ValueError('share_prefix and loss_type="beta_binomial" need reward_head="lm"')
+        if self.reward_head == "classification" and (self.share_prefix or LOSSES[self.loss_type].reads_marker):
+            reading = " and ".join(f'loss_type="{name}"' for name, loss in LOSSES.items() if loss.reads_marker)
+            raise ValueError(f'share_prefix and {reading} need reward_head="lm"')
         if len(self.reward_tokens) != 2:
             raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two: for a good step, for a bad step")
         if self.hub_strategy in ("checkpoint", "all_checkpoints"):

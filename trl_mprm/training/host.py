@@ -1,23 +1,95 @@
-"""What reaches into Trainer."""
+"""
+Everything that reaches into transformers' Trainer: what is overridden or set, where it stands upstream, and why.
 
+Upstream is transformers/trainer.py where no other file is named. What reaches into a model or into PEFT is in `models/`:
+`adapters`, `classifier`, `distinct_images`, `shared_prefix`.
+"""
+
+import copy
 import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
-from transformers import (
-    TrainerCallback,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import ADAPTER_CONFIG_NAME, PushInProgress
 
-from ..models.anatomy import base_of
+from ..data.hub import public_name
+from ..files import write_json
+from ..models.anatomy import base_of, is_vision_language
+from ..models.reader import StepReader
+from ..models.shared_prefix import can_share_prefix
+from .config import ProcessRewardConfig
+from .sampling import EpochSampler, NumberedRows, by_length, by_prompt, prompt_groups, undecoded, with_lengths
 
 
 logger = logging.getLogger(__name__)
 
 
+def host_args(args: ProcessRewardConfig, model: PreTrainedModel, streams: bool) -> ProcessRewardConfig:
+    """
+    A copy of the configuration with what Trainer reads from there and nowhere else.
+
+    - `Trainer.__init__` takes `label_names` for the keys of a batch that are labels; left open, it guesses them from the
+      class of the model, and warns that it cannot for a PEFT model.
+    - `Trainer._build_accelerator_args` takes `ddp_find_unused_parameters`: rows without image leave the projector
+      without gradient.
+    - `Trainer.create_accelerator_and_postprocess` takes `accelerator_config`: accelerate would dispatch a batch of a
+      stream by cutting every tensor of it by rows, and those of pictures have other rows.
+    """
+    args = copy.copy(args)
+    args.label_names = args.label_names or ["labels"]
+    if is_vision_language(model.config) and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True
+    if streams:
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        args.accelerator_config.dispatch_batches = False
+    return args
+
+
+def check_sharing(model: PreTrainedModel, args: ProcessRewardConfig) -> None:
+    """Raise `ValueError` where the prefix of a question cannot be run once."""
+    if not args.share_prefix:
+        return
+    if not can_share_prefix(model):
+        raise ValueError(f"share_prefix: {type(model).__name__} keeps more of its past than keys and values")
+    # `accelerate launch` says it in the environment, before there is an Accelerator to ask.
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "share_prefix under FSDP or DeepSpeed ZeRO-3: a process calls the model once a question, and those with "
+            "fewer questions would leave the others waiting for their weights; train with DDP, or without it"
+        )
+
+
+def one_forward_per_batch(model: torch.nn.Module, reader: StepReader) -> None:
+    """
+    Let `model(groups=batch)` read all groups of a batch.
+
+    torch's DistributedDataParallel (torch/nn/parallel/distributed.py, `forward`) averages gradients of the parameters
+    that one call of its `forward` used, and processes have different numbers of groups: the wrapper is called once, and
+    what it wraps as often as needed.
+    """
+    forward = model.forward
+    model.forward = lambda *args, groups=None, **kwargs: (
+        forward(*args, **kwargs) if groups is None else reader.read(model, groups)
+    )
+
+
 class DecoderInputGradients(TrainerCallback):
-    """Under activation checkpointing Trainer lets gradients into every part's input; a frozen encoder needs none."""
+    """
+    Let gradients into the decoder's input alone, for activation checkpointing.
+
+    `PreTrainedModel.enable_input_require_grads` (transformers/modeling_utils.py), which Trainer calls, does so for every
+    part of a model; a frozen vision encoder would then be run for gradients that nobody needs.
+    """
 
     def on_train_begin(self, args, state, control, model, **kwargs) -> None:
         base = base_of(model)
@@ -39,3 +111,181 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str:
         else:
             return str(checkpoint)
     raise ValueError(f"{folder} has no whole checkpoint to resume from: expected checkpoint-*/{TRAINER_STATE_NAME}")
+
+
+class HostedTrainer(Trainer):
+    """The overrides of Trainer that have nothing to do with rewards: rows, order, checkpoints, the Hub."""
+
+    # `Trainer.training_step`: the loss is divided by the labelled steps of the whole accumulated batch already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # `Trainer._get_num_items_in_batch` counts the labels of the accumulated batch over all processes only if so;
+        # `__init__` guesses it from the signature of the model's forward.
+        self.model_accepts_loss_kwargs = True
+        if (
+            self.args.gradient_checkpointing
+            and self.args.freeze_vision_encoder
+            and is_vision_language(self.model.config)
+        ):
+            self.add_callback(DecoderInputGradients())
+        # accelerate's FullyShardedDataParallelPlugin (accelerate/utils/dataclasses.py, `set_auto_wrap_policy`) shards the
+        # layers that the launcher's file names, and guesses where it names none. Layers of the decoder alone: an encoder
+        # does not run in a process that has no image.
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = [type(base_of(self.model).get_decoder().layers[0]).__name__]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As in [`~transformers.Trainer`]; with `True`, from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    # ---- rows and their order
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        """As Trainer does, of rows that know their number and whose pictures the collator opens."""
+        if isinstance(dataset, Dataset):
+            dataset = NumberedRows(dataset)
+        elif isinstance(dataset, IterableDataset):
+            dataset = undecoded(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """As Trainer does; an order of its own for questions that stay together, and one that a resumption repeats."""
+        dataset = _rows_of(self.train_dataset if train_dataset is None else train_dataset)
+        if isinstance(dataset, Dataset) and self.args.share_prefix:
+            return EpochSampler(by_prompt(prompt_groups(dataset)), len(dataset), self._order_seed)
+        if isinstance(dataset, Dataset) and self.args.train_sampling_strategy == "group_by_length":
+            return self._length_sampler(dataset, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+        return super()._get_train_sampler(dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        """As Trainer does, where it would count the elements of `input_ids`, which rows do not have."""
+        dataset = _rows_of(eval_dataset)
+        if isinstance(dataset, Dataset) and self.args.train_sampling_strategy == "group_by_length":
+            if self.args.length_column_name not in dataset.column_names:  # not one that the trainer was made with
+                dataset = with_lengths(
+                    dataset, self.processing_class, self.args.step_format, self.args.length_column_name
+                )
+            return self._length_sampler(dataset, self.args.eval_batch_size)
+        return super()._get_eval_sampler(dataset)
+
+    def _length_sampler(self, dataset: Dataset, batch_size: int) -> EpochSampler:
+        lengths = dataset[self.args.length_column_name][:]
+        return EpochSampler(by_length(lengths, batch_size), len(dataset), self._order_seed)
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    # ---- checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        """As Trainer does, but a full model by its own loader: some keep other names in a checkpoint than in memory."""
+        model = self.model if model is None else model
+        base = type(base_of(self.model)).__name__
+        adapter = Path(resume_from_checkpoint, ADAPTER_CONFIG_NAME)
+        if adapter.is_file():
+            named = json.loads(adapter.read_text(encoding="utf-8")).get("auto_mapping") or {}
+            trained_on = named.get("base_model_class", base)
+            if trained_on != base:
+                raise ValueError(
+                    f"{resume_from_checkpoint} is an adapter of a {trained_on}, and this model is a {base}: name the base "
+                    "it was trained on"
+                )
+        try:
+            if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
+                model.load_state_dict(saved.state_dict())
+        except (KeyError, RuntimeError) as error:  # torch lists every tensor of another shape
+            raise ValueError(
+                f"{resume_from_checkpoint} does not fit this {base}: resume with the model, its size and the LoRA "
+                f"settings that the checkpoint was trained with ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _load_best_model(self) -> None:
+        """As Trainer does, by the same loader."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As Trainer does, without its pickle of the arguments: nothing here reads it, and a Hub token may be in it."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            self._hide_local_base(folder / ADAPTER_CONFIG_NAME)
+            self.save_beside_weights(folder)
+
+    def save_beside_weights(self, folder: Path) -> None:
+        """What else a saved model needs."""
+
+    def _hide_local_base(self, adapter_config: Path) -> None:
+        """In an adapter that goes to the Hub, a base in a local folder is named without its path."""
+        if self.hub_model_id is None or not adapter_config.is_file():
+            return
+        values = json.loads(adapter_config.read_text(encoding="utf-8"))
+        base = values["base_model_name_or_path"]
+        if public_name(base) != base:
+            logger.warning(f"the base is a local folder: to load this adapter, pass base_model ({Path(base).name})")
+            write_json({**values, "base_model_name_or_path": public_name(base)}, adapter_config)
+
+    # ---- the Hub
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint as it is, complete and loadable; Trainer would pickle the arguments, with the Hub token."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        job = HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            run_as_future=True,
+            ignore_patterns=["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME],  # to resume, not to use
+        )
+        self.push_in_progress = PushInProgress([job])
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository. Where the Hub cannot be reached, training goes on and pushes nothing."""
+        try:
+            super().init_hf_repo(token, private)
+        except HfHubHTTPError:
+            raise
+        except (OfflineModeIsEnabled, HTTPError) as error:
+            logger.warning(f"the Hub cannot be reached ({error}): training goes on, and everything is written locally")
+            self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+            self.push_in_progress = None
+            self.args.hub_strategy = HubStrategy.END
+
+    def push_to_hub(self, *args, **kwargs) -> Any:
+        """
+        Publish model and card, as [`~transformers.Trainer.push_to_hub`] does. Where the Hub cannot be reached, both are
+        written locally, and a warning tells how to push later.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except HfHubHTTPError:
+            raise
+        except (OfflineModeIsEnabled, HTTPError) as error:
+            folder = self.args.output_dir
+            logger.warning(
+                f"the Hub cannot be reached ({error}): model and card are in {folder}; push them later with "
+                f"`hf upload {self.hub_model_id} {folder} . --exclude 'checkpoint-*'`"
+            )
+
+
+def _rows_of(dataset: Any) -> Any:
+    return dataset.dataset if isinstance(dataset, NumberedRows) else dataset

@@ -4,16 +4,83 @@ From step logits and Monte Carlo labels to the loss of a step.
     hard, soft        cross entropy over two reward tokens, with target 1[MC score > threshold] or the MC score itself
     beta_binomial     likelihood of the count: K good continuations of N, K ~ BetaBinomial(N, mean * c, (1 - mean) * c)
 
-Every function returns one number a step; their mean is taken over the steps of the whole accumulated batch.
+Every function returns one number per step; their mean is taken over the steps of the whole accumulated batch.
+
+A loss is one entry of `LOSSES`: the command line, the checks of a data set, the collator and the trainer read it there.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
-from ..models.reader import concentration
+from ..data.rows import IGNORE_INDEX
+from ..models.reader import concentration, good_minus_bad
 
 
-LOSS_TYPES = ("hard", "soft", "beta_binomial")
+@dataclass(frozen=True)
+class StepLoss:
+    """
+    What a loss is, and what it needs of a row beside `labels`.
+
+    Args:
+        help (`str`):
+            Its line in the help of `loss_type`.
+        losses (`Callable`):
+            From logits `(steps, tokens read)`, targets `(steps,)`, its columns (`dict` of tensors `(steps,)`) and the
+            configuration to losses `(steps,)`.
+        targets (`Callable`):
+            From labels `(steps,)` and `hard_threshold` to targets P(step good).
+        columns (`tuple[str, ...]`, *optional*):
+            Columns that a data set must have for it.
+        of_row (`Callable`, *optional*):
+            From a row and its name in errors to its labels and to the columns of `losses`, each with one number per
+            step. Raises `ValueError` for a row that the loss cannot use.
+        fits (`Callable`, *optional*):
+            Whether `of_row` takes all rows of a table whose labels are right; told from whole columns.
+        reads_marker (`bool`, *optional*, defaults to `False`):
+            Whether the third logit, that of the marker, is read; a classification head has none.
+    """
+
+    help: str
+    losses: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], Any], torch.Tensor]
+    targets: Callable[[torch.Tensor, float], torch.Tensor]
+    columns: tuple[str, ...] = ()
+    of_row: Callable[[dict[str, Any], str], tuple[list[float], dict[str, list[float]]]] = lambda row, name: (
+        row["labels"],
+        {},
+    )
+    fits: Callable[[pa.Table], bool] = lambda table: True
+    reads_marker: bool = False
+
+
+def weighted_losses(
+    logits: torch.Tensor, labels: torch.Tensor, columns: dict[str, torch.Tensor], config: Any
+) -> torch.Tensor:
+    """
+    Losses of the steps of a batch, by class and by row weighted.
+
+    Args:
+        logits (`torch.Tensor`):
+            From [`~reader.StepReader.read`], shape `(steps, tokens read)`.
+        labels (`torch.Tensor`):
+            Labels of the same steps, shape `(steps,)`.
+        columns (`dict[str, torch.Tensor]`):
+            What the collator keeps for the loss, shape `(steps,)` each; `row_weights` is among them where rows weigh
+            differently.
+        config ([`ProcessRewardConfig`]):
+            Its `loss_type`, `hard_threshold`, `class_weights`, and what the loss itself reads.
+    """
+    loss = LOSSES[config.loss_type]
+    targets = loss.targets(labels, config.hard_threshold)
+    losses = loss.losses(logits, targets, columns, config)
+    if config.class_weights is not None:
+        losses = class_weighted(losses, targets, *config.class_weights)
+    return losses * columns["row_weights"] if "row_weights" in columns else losses
 
 
 def step_targets(labels: torch.Tensor, loss_type: str = "hard", threshold: float = 0.0) -> torch.Tensor:
@@ -39,7 +106,7 @@ def step_targets(labels: torch.Tensor, loss_type: str = "hard", threshold: float
 
     ```
     """
-    return (labels > threshold).to(labels.dtype) if loss_type == "hard" else labels
+    return LOSSES[loss_type].targets(labels, threshold)
 
 
 def step_losses(step_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -128,3 +195,60 @@ def class_weighted(losses: torch.Tensor, targets: torch.Tensor, good: float, bad
     ```
     """
     return losses * (targets * good + (1 - targets) * bad)
+
+
+def _counts_of_row(row: dict[str, Any], name: str) -> tuple[list[float], dict[str, list[float]]]:
+    """Labels as shares of counts, and the total of each step; raises where a labelled step has no count."""
+    counts, total = row.get("mc_counts"), row.get("mc_total")
+    if counts is None or not total or len(counts) != len(row["labels"]):
+        raise ValueError(
+            f'{name}: loss_type="beta_binomial" needs `mc_counts`, one a step, and `mc_total` above 0, '
+            f"got {counts!r:.60} and {total!r}"
+        )
+    labels = []
+    for number, (label, count) in enumerate(zip(row["labels"], counts, strict=True)):
+        if label != IGNORE_INDEX and not (isinstance(count, int) and 0 <= count <= total):
+            raise ValueError(f"{name}: count of step {number} is {count!r}, expected 0 to {total}")
+        labels.append(IGNORE_INDEX if label == IGNORE_INDEX else count / total)
+    return labels, {"mc_total": [float(total)] * len(labels)}
+
+
+def _all_counts_fit(table: pa.Table) -> bool:
+    """Whether no row that fits can fail [`_counts_of_row`]."""
+    counts, totals = table["mc_counts"], table["mc_total"]
+    lists = pa.types.is_list(counts.type) or pa.types.is_large_list(counts.type)
+    if not lists or not pa.types.is_integer(counts.type.value_type) or counts.null_count or totals.null_count:
+        return False
+    labels, counts = table["labels"].combine_chunks(), counts.combine_chunks()
+    if not pc.all(pc.equal(pc.list_value_length(counts), pc.list_value_length(labels))).as_py():
+        return False
+    values = pc.list_flatten(counts)
+    total = totals.take(pc.list_parent_indices(counts))
+    fits = pc.fill_null(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, total)), False)
+    ignored = pc.equal(pc.list_flatten(labels).cast(pa.float64()), IGNORE_INDEX)
+    return pc.all(pc.greater(totals, 0)).as_py() and pc.all(pc.or_(fits, ignored)).as_py()
+
+
+LOSSES = {
+    "hard": StepLoss(
+        help="cross entropy with the label 1[MC score > hard_threshold]",
+        losses=lambda logits, targets, columns, config: step_losses(good_minus_bad(logits), targets),
+        targets=lambda labels, threshold: (labels > threshold).to(labels.dtype),
+    ),
+    "soft": StepLoss(
+        help="cross entropy with the MC score itself",
+        losses=lambda logits, targets, columns, config: step_losses(good_minus_bad(logits), targets),
+        targets=lambda labels, threshold: labels,
+    ),
+    "beta_binomial": StepLoss(
+        help="likelihood of the counts in the columns mc_counts and mc_total",
+        losses=lambda logits, targets, columns, config: beta_binomial_losses(
+            good_minus_bad(logits), logits[:, 2], targets, columns["mc_total"], config.concentration_penalty
+        ),
+        targets=lambda labels, threshold: labels,
+        columns=("mc_counts", "mc_total"),
+        of_row=_counts_of_row,
+        fits=_all_counts_fit,
+        reads_marker=True,
+    ),
+}

@@ -148,3 +148,13 @@ class WithLength:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, int]:
         rendered, _ = render_rows([numbered(row, index)], self.processing_class, self.step_format)
         return {self.column: len(rendered[0].input_ids)}
+
+
+def with_lengths(
+    dataset: Dataset | IterableDataset, processing_class: ProcessingClass, step_format: StepFormat, column: str
+) -> Dataset | IterableDataset:
+    """The same rows with a column of their lengths in tokens; a stream as it is."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    counted = WithLength(processing_class, step_format, column)
+    return undecoded(dataset).map(counted, with_indices=True, desc="Counting tokens")
