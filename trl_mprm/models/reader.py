@@ -44,11 +44,12 @@ class StepReader:
     >>> from trl_mprm.models.reader import StepReader, batch_inputs
     >>> from trl_mprm.models.tiny import tiny_tokenizer
     >>> from trl_mprm.prompting.rendering import render_rows
-    >>> tokenizer, step_format = tiny_tokenizer("qwen2"), StepFormat(marker="<|im_end|>")
-    >>> config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> tokenizer, step_format = tiny_tokenizer("qwen2"), StepFormat(marker="<|vision_end|>")
+    >>> sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes))
     >>> rows = [{"prompt": "2 + 2?", "completions": ["2 + 2", "is 4"]}, {"prompt": "1?", "completions": ["1"]}]
     >>> inputs = batch_inputs(*render_rows(rows, tokenizer, step_format), tokenizer)
-    >>> StepReader(step_format, tokenizer).read(Qwen2ForCausalLM(config), inputs).shape  # three steps, three tokens
+    >>> StepReader(step_format, tokenizer).read(model, inputs).shape  # three steps, three tokens
     torch.Size([3, 3])
 
     ```
