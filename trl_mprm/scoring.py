@@ -62,6 +62,7 @@ class ProcessRewardModel(StepScorer):
         if isinstance(processing_class, ProcessorMixin):
             encode_distinct_images(base_of(model))
         self.reader = StepReader(self.step_format, tokenizer_of(processing_class))
+        self.step_ids = self.reader.step_ids
 
     @property
     def reads_images(self) -> bool:
