@@ -10,6 +10,7 @@ from helpers import Served, picture
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_mprm import RemoteProcessRewardModel
+from trl_mprm.cli import main
 from trl_mprm.serving.server import create_app
 
 
@@ -147,3 +148,18 @@ def test_addresses_and_names(remote):
         RemoteProcessRewardModel(remote.url, model="other")
     with pytest.raises(ConnectionError, match="cannot be reached"):
         RemoteProcessRewardModel("http://127.0.0.1:9", retries=0)
+
+
+def test_commands_speak_to_a_server(prm, remote, tmp_path, capsys):
+    argv = ["score", "prm", "--url", remote.url, "--question", "How many?", "--step", "One.", "--step", "So 1."]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{score:.4g}" in shown for score in prm.score([], "How many?", ["One.", "So 1."]))
+    assert main(["score", "other", *argv[2:]]) == 2
+    assert "offers no model 'other', only prm" in capsys.readouterr().err
+    line = {"id": "a-0", "generator": "m", "problem": "How many?", "steps": ["One.", "So 1."], "label": 1}
+    (tmp_path / "gsm8k.json").write_text(json.dumps([line, line | {"id": "a-1", "label": -1}]))
+    argv = ["evaluate", "--url", remote.url, "--benchmark", "processbench", "--data", str(tmp_path / "gsm8k.json")]
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    assert records[0]["scores"] == pytest.approx(prm.score([], "How many?", ["One.", "So 1."]), abs=1e-6)

@@ -23,6 +23,12 @@ def add_model_arguments(command: argparse.ArgumentParser, flag: bool = False) ->
     command.add_argument("--load-in-4bit", action="store_true", help="as a QLoRA adapter was trained")
 
 
+def add_url_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--url", help="address of a server (trl-mprm serve, vLLM) that has the model; MODEL is its name there"
+    )
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -31,6 +37,15 @@ def positive(text: str) -> int:
 
 def print_table(rows: list[list]) -> None:
     print(tabulate(rows[1:], headers=rows[0], floatfmt=".4g"))
+
+
+def load_scorer(args: argparse.Namespace, device_map: str | dict = "auto"):
+    """The model that the arguments name: behind the server of `--url`, or in this process."""
+    if args.url is None:
+        return load_prm(args, device_map)
+    from ..serving.client import RemoteProcessRewardModel
+
+    return RemoteProcessRewardModel(args.url, args.model)
 
 
 def load_prm(args: argparse.Namespace, device_map: str | dict = "auto"):

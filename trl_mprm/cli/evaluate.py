@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from ..evaluation.benchmarks import BENCHMARKS, load_benchmark
-from .arguments import ShowDefaults, add_model_arguments, load_prm, positive, print_table
+from .arguments import ShowDefaults, add_model_arguments, add_url_argument, load_scorer, positive, print_table
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("evaluate", help="measure on a benchmark", formatter_class=ShowDefaults)
     command.set_defaults(command=evaluate)
     add_model_arguments(command, flag=True)
+    add_url_argument(command)
     command.add_argument("data", nargs="?", default=argparse.SUPPRESS, help="the same as --data")
     command.add_argument(
         "--benchmark",
@@ -48,8 +49,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from ..evaluation.report import write_report
     from ..evaluation.run import evaluate_model
 
-    if args.model is None:
-        raise ValueError("no model to evaluate: name a Hub id or folder with --model")
+    if args.model is None and args.url is None:
+        raise ValueError("no model to evaluate: name a Hub id or folder with --model, or a server with --url")
     for flag, value in (("--compare", args.compare), ("--update-card", args.update_card)):
         if value and not args.output:
             raise ValueError(f"{flag} needs a folder for the results: set --output")
@@ -59,7 +60,7 @@ def evaluate(args: argparse.Namespace) -> int:
     with state.main_process_first():  # one download for all processes
         benchmark = load_benchmark(args.benchmark, args.data, args.image_root)
     threshold = benchmark.entry.threshold if args.threshold is None else args.threshold
-    prm = load_prm(args, "auto" if state.num_processes == 1 else {"": state.device})
+    prm = load_scorer(args, "auto" if state.num_processes == 1 else {"": state.device})
     metrics = evaluate_model(prm, benchmark, threshold, args.batch_size, args.output)
     if state.is_main_process:
         for table in benchmark.entry.task.tables:
@@ -70,7 +71,9 @@ def evaluate(args: argparse.Namespace) -> int:
         for item in metrics["benchmark"]["failed"]:
             print(f"not scored: {item['id']}: {item['error']}")
         if args.output:
-            reports = write_report(args.output, benchmark, public_name(args.model), args.compare)
+            reports = write_report(
+                args.output, benchmark, public_name(args.model) if args.model else prm.name, args.compare
+            )
             print(f"\nmetrics: {Path(args.output) / 'results.json'}\nscores: {Path(args.output) / 'scores.jsonl'}")
             print("\n".join(f"report: {path}" for path in reports))
         if args.update_card:

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.aggregates import AGGREGATES
 from ..data.splitting import SPLITS, split_steps
 from ..files import atomic_output
-from .arguments import ShowDefaults, add_model_arguments, load_prm, positive, print_table
+from .arguments import ShowDefaults, add_model_arguments, add_url_argument, load_scorer, positive, print_table
 
 
 SHOWN = 20  # solutions in the table; all are in the JSONL
@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("score", help="score steps, rank solutions", formatter_class=ShowDefaults)
     command.set_defaults(command=score)
     add_model_arguments(command)
+    add_url_argument(command)
     command.add_argument(
         "input",
         nargs="?",
@@ -42,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def score(args: argparse.Namespace) -> int:
     _check(args)
     solutions = _solutions(args)
-    records, refused = _scored(load_prm(args), solutions, args)
+    records, refused = _scored(load_scorer(args), solutions, args)
     lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
     if args.output:
         with atomic_output(args.output) as part:
