@@ -28,7 +28,7 @@ from PIL import Image as PILImage
 from trl_mprm.cli import main
 from trl_mprm.data.rollouts import Rollout, read_rollouts
 from trl_mprm.data.shards import input_files, line_batches, lines_at, plan_shards
-from trl_mprm.selection import engine, files
+from trl_mprm.selection import engine, files, passes
 from trl_mprm.selection.bis import add_bis
 from trl_mprm.selection.files import select_files
 from trl_mprm.selection.passes import _Rows, emit, is_utf8, score_shard
@@ -499,6 +499,12 @@ def test_pictures_inside_parquet(tmp_path):
     assert report["total"]["refused"] == {"image_unreadable": 1} and report["total"]["before"]["mean_group_size"] == 2
     items = list(read_rollouts(tmp_path / "out" / "a.jsonl"))
     assert [item.row["images"] for item in items] == [[{"path": None, "bytes": picture.getvalue()}]] * 2
+    bare = [row | {"images": [image["bytes"] for image in row["images"]]} for row in rows]  # a column of list<binary>
+    write_parquet(tmp_path / "bare" / "a.parquet", bare)
+    report = select_files(tmp_path / "bare", tmp_path / "bare-out", fraction=0.5)
+    assert report["total"]["refused"] == {"image_unreadable": 1} and report["images"] == "checked"
+    items = list(read_rollouts(tmp_path / "bare-out" / "a.jsonl"))
+    assert [item.row["images"] for item in items] == [[{"path": None, "bytes": picture.getvalue()}]] * 2
     (tmp_path / "b.jsonl").write_text(json.dumps(rows[1] | {"images": [{"bytes": "no base64"}]}) + "\n")
     assert [item.reason for item in read_rollouts(tmp_path / "b.jsonl")] == ["image_unreadable"]
 
@@ -537,6 +543,67 @@ def test_two_members_of_one_name(tmp_path):
         archive.writestr("readme.txt", "")
     with pytest.raises(FileNotFoundError, match="expected .*jsonl members"):
         plan_shards(tmp_path / "empty.zip")
+
+
+# ---- what is no file of rollouts
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe or a device", "a link to nothing"])
+def test_what_is_no_file_is_named(tmp_path, kind, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps(raw([1.0])) + "\n")
+    if kind == "a folder":
+        (folder / "b.jsonl").mkdir()
+    elif kind == "a link to nothing":
+        (folder / "b.jsonl").symlink_to("nowhere")
+    else:
+        os.mkfifo(folder / "b.jsonl")
+    names = [folder, folder / "*.jsonl"] + ([folder / "b.jsonl"] if kind.startswith("a pipe") else [])
+    for name in names:
+        assert main(["select", str(name), "--output", str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err.startswith(
+            f"error: {folder}/b.jsonl: expected a file with rollouts, and it is {kind}"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_without_end_is_one_clear_error(tmp_path, monkeypatch, capsys):
+    """A bomb: few bytes that unpack to more than the memory holds, without one line end."""
+    monkeypatch.setattr("trl_mprm.data.shards.LINE_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "annotations.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", b"0" * 2**22)
+    (tmp_path / "b.jsonl").write_bytes(b"0" * 2**22)
+    for name, place in (("annotations.zip", "annotations.zip/a.jsonl"), ("b.jsonl", "b.jsonl")):
+        assert main(["select", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {tmp_path}/{place}: expected one rollout per line, got a line of more than")
+
+
+def test_memory_that_is_full_is_one_clear_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text((json.dumps(raw([1.0])) + "\n") * 3)
+
+    def full(self):
+        raise MemoryError
+
+    monkeypatch.setattr(_Rows, "to_arrays", full)
+    monkeypatch.setattr(passes, "LINES_AS_NUMBERS", 1)
+    assert main(["select", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path}/a.jsonl: expected lines that fit into memory, and after 3 of them" in capsys.readouterr().err
+
+
+def test_what_the_first_pass_takes_the_writer_can_read(tmp_path):
+    """How deep a value may be nested depends on the stack, which is deeper where the kept rows are written."""
+    depths = range(600, 1001)
+    rows = [
+        json.dumps(raw([1.0, 0.0], f"q{depth}", x="X")).replace('"X"', "[" * depth + "]" * depth) for depth in depths
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    report = select_files(tmp_path / "a.jsonl", tmp_path / "kept.parquet", fraction=1.0)
+    assert (
+        report["total"]["read"] == len(rows) == report["total"]["kept"] + report["total"]["refused"].get("not_json", 0)
+    )
+    assert pq.read_table(tmp_path / "kept.parquet").num_rows == report["total"]["kept"]
 
 
 # ---- every row is accounted for
@@ -657,6 +724,47 @@ def test_a_full_disk_is_one_clear_error_and_nothing_half_written(large, tmp_path
         error.startswith(f"error: {tmp_path}/out: expected room for the kept rows")
         and "no output was touched" in error
     )
+    assert not list((tmp_path / "out").iterdir())
+
+
+FULL_DISK = """
+import errno, sys, time
+from pathlib import Path
+from trl_mprm.selection import engine
+from trl_mprm.cli import main
+
+def emit(shard, scores, cut, kept, refused):
+    if shard.index == 0:
+        time.sleep(0.3)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    end, folder, n = time.monotonic() + 1, Path(kept.name).parent, 0
+    while time.monotonic() < end:
+        (folder / f"{(n := n + 1)}.more").touch()
+
+engine.POOL_BYTES, engine.emit = 0, emit
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_worker_that_still_writes_when_the_disk_is_full(large, tmp_path):
+    argv = [sys.executable, "-c", FULL_DISK, "select", large[0], "--fraction", "0.9", "--output", tmp_path / "out"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/out: expected room for the kept rows")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_ctrl_c_is_one_line(large, tmp_path):
+    argv = ["select", str(large[0]), "--fraction", "0.9", "--output", str(tmp_path / "out")]
+    slow = FULL_DISK.replace("shard.index == 0", "False").replace("+ 1,", "+ 60,")  # workers that are at it
+    run = subprocess.Popen(
+        [sys.executable, "-c", slow, *argv], stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+    while run.poll() is None and not list(tmp_path.glob("out/.select.*.part/*.more")):
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 130 and errors.splitlines()[1:] == ["error: interrupted"]  # the first one: rows refused
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -10,7 +10,7 @@ from . import annotate, card, convert, demo, evaluate, score, select, serve, tra
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Run one command; return its exit code: 0, or 2 after one line that says what was wrong.
+    Run one command; return its exit code: 0, or 2 after one line that says what was wrong (130 after Ctrl-C).
 
     Examples:
     ```python
@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130  # what a shell makes of Ctrl-C
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,26 +11,18 @@ A shard of a JSONL file begins and ends at a line end, one of a Parquet file is 
 compressed is one shard a file.
 """
 
-import base64
 import glob
-import gzip
 import io
-import json
 import math
 import os
 import uuid
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from .containers import members_of, open_packed
 from .evidence import is_refused_file, reports_beside
 from .formats import READ_KEYS
 
@@ -46,9 +38,12 @@ Paths = str | os.PathLike | HubRows | list[str | os.PathLike | HubRows]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
-BATCH = 2**18  # bytes read at once
+BATCH_BYTES = 2**18  # read at once: they stay in the processor's cache while their lines are read
 
-SHARD_BYTES = 2**24
+SHARD_BYTES = 2**24  # some hundred times the cost of handing a shard to a process, and small beside the memory
+
+# A longer line is no rollout, also not one with its pictures inside: the file is a bomb, or of another kind.
+LINE_BYTES = 2**28
 
 
 class Shard(NamedTuple):
@@ -119,7 +114,9 @@ def plan_shards(inputs: Paths, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
 def _ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int | None]]:
     file = Path(shard.file)
     if file.suffix == ".parquet":
-        yield from _row_group_ranges(shard, shard_bytes)
+        from .parquet import row_group_ranges
+
+        yield from row_group_ranges(shard.file, shard_bytes)
     # A file of several sources is told apart line by line, from its first line on
     elif file.suffix != ".jsonl" or (shard.repo_id is None and reports_beside(file)):
         yield 0, None
@@ -132,7 +129,8 @@ def _line_ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int,
         start = 0
         while start < size:
             lines.seek(min(start + shard_bytes, size) - 1)
-            lines.readline()
+            while (piece := lines.readline(BATCH_BYTES)) and not piece.endswith(b"\n"):
+                pass  # a line may be longer than the memory: reading it will tell
             stop = lines.tell()
             yield start, stop
             start = stop
@@ -147,7 +145,7 @@ def input_files(name: str | os.PathLike) -> list[Path]:
         files = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(SUFFIXES) and not _aside(entry)]
         archive = path / "annotations.zip"
         files = files or [archive] * archive.is_file()
-    elif path.is_file():
+    elif path.exists():
         files = [path]
     elif glob.has_magic(str(name)):
         files = [Path(match) for match in sorted(glob.glob(str(name), recursive=True)) if not _aside(Path(match))]
@@ -155,6 +153,12 @@ def input_files(name: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"{name}: no such file or folder, and no dataset id (org/name) of the Hub")
     if not files:
         raise FileNotFoundError(f"{name}: expected *.jsonl files with rollouts, found none")
+    for file in files:
+        if not file.is_file():
+            kind = "a folder" if file.is_dir() else "a pipe or a device" if file.exists() else "a link to nothing"
+            raise ValueError(
+                f"{file}: expected a file with rollouts, and it is {kind}: name the files, or move it away"
+            )
     return files
 
 
@@ -180,9 +184,7 @@ def source_name(path: str | os.PathLike) -> str:
 
 
 def _members(archive: Path) -> list[str]:
-    with _clear_errors(str(archive)), zipfile.ZipFile(archive) as members:
-        names = sorted(name for name in members.namelist() if name.endswith(".jsonl"))
-        names = [name for name in names if not _aside(PurePosixPath(name))]
+    names = [name for name in members_of(archive) if name.endswith(".jsonl") and not _aside(PurePosixPath(name))]
     if not names:
         raise FileNotFoundError(f"{archive}: expected *.jsonl members with rollouts, found none")
     return names
@@ -197,17 +199,26 @@ def line_batches(shard: Shard, keys: Iterable[str] = READ_KEYS) -> Iterator[tupl
     with the fields of `keys` alone.
     """
     if shard.file.endswith(".parquet"):
-        for records in _parquet_batches(shard, keys):
-            lines = [_json_line(shard, record) for record in records]
+        from .parquet import json_line, read_records
+
+        for records in read_records(shard.file, shard.start, shard.stop, keys):
+            lines = [json_line(shard.file, record) for record in records]
             yield b"".join(lines), lines
+        check_unchanged(shard)
         return
     left, tail = (math.inf if shard.stop is None else shard.stop - shard.start), []
-    with open_shard(shard) as file:
-        while left > 0 and (block := file.read(min(BATCH, left))):
+    with open_packed(shard.file, shard.member) as file:
+        file.seek(shard.start)
+        while left > 0 and (block := file.read(min(BATCH_BYTES, left))):
             left -= len(block)
             end = block.rfind(b"\n") + 1
             if not end:
                 tail.append(block)
+                if len(tail) * BATCH_BYTES > LINE_BYTES:
+                    raise ValueError(
+                        f"{shard.place}: expected one rollout per line, got a line of more than {LINE_BYTES:,} bytes: is "
+                        "this file of another kind?"
+                    )
                 continue
             if tail or end < len(block):
                 tail, block = [block[end:]], b"".join([*tail, block[:end]])
@@ -228,19 +239,23 @@ def lines_at(shard: Shard, numbers: np.ndarray, length: np.ndarray) -> Iterator[
             Of all lines of the shard.
     """
     if shard.file.endswith(".parquet"):
-        for records in _parquet_batches(shard, numbers=numbers):
+        from .parquet import json_line, read_records
+
+        for records in read_records(shard.file, shard.start, shard.stop, numbers=numbers):
             for record in records:
                 seen = {key: value for key, value in record.items() if key in READ_KEYS}
-                yield _json_line(shard, seen), _json_line(shard, record)
+                yield json_line(shard.file, seen), json_line(shard.file, record)
+        check_unchanged(shard)
         return
     ends = np.cumsum(length, dtype=np.int64)
-    with open_shard(shard) as file:
-        place = 0
+    with open_packed(shard.file, shard.member) as file:
+        file.seek(shard.start)
+        offset = 0
         for end, size in zip(ends[numbers].tolist(), length[numbers].tolist(), strict=True):
-            file.seek(end - size - place, os.SEEK_CUR)  # reads on where the file is packed
+            file.seek(end - size - offset, os.SEEK_CUR)  # reads on where the file is packed
             line = file.read(size)
             yield line, line
-            place = end
+            offset = end
     check_unchanged(shard)
 
 
@@ -252,134 +267,3 @@ def check_unchanged(shard: Shard) -> None:
 def _stamp(file: str | os.PathLike) -> tuple[int, int]:
     state = os.stat(file)
     return state.st_size, state.st_mtime_ns
-
-
-@contextmanager
-def open_shard(shard: Shard) -> Iterator[BinaryIO]:
-    """The bytes of a shard as a file, unpacked; a damaged archive is one clear error."""
-    with _clear_errors(shard.place), ExitStack() as stack:
-        if shard.member is not None:
-            file = stack.enter_context(zipfile.ZipFile(shard.file)).open(shard.member)
-        elif shard.file.endswith(".gz"):
-            file = gzip.open(shard.file)
-        elif shard.file.endswith(".zst"):
-            file = _Zstandard(pa.input_stream(shard.file, compression="zstd"))
-        else:
-            file = open(shard.file, "rb", buffering=0)
-        file = stack.enter_context(io.BufferedReader(file, 2**13))
-        if shard.start:
-            file.seek(shard.start)
-        yield file
-
-
-class _Zstandard(io.RawIOBase):
-    """A stream of pyarrow as Python's own readers want it: it can go forward, by reading."""
-
-    def __init__(self, stream: pa.NativeFile):
-        self.stream, self.place = stream, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        target = offset + (self.place if whence == os.SEEK_CUR else 0)
-        while self.place < target and (block := self.stream.read(min(BATCH, target - self.place))):
-            self.place += len(block)
-        return self.place
-
-    def readinto(self, buffer: memoryview) -> int:
-        try:
-            block = self.stream.read(len(buffer))
-        except OSError as error:  # the way pyarrow says that a stream is cut short
-            raise EOFError(str(error)) from error
-        buffer[: len(block)] = block
-        self.place += len(block)
-        return len(block)
-
-
-@contextmanager
-def _clear_errors(place: str) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, pa.ArrowException, UnicodeError) as error:
-        raise ValueError(f"{place}: expected a whole file, and it is damaged ({error}): fetch it again") from error
-    except RuntimeError as error:  # of zipfile: a password, or a packing that this Python does not know
-        raise ValueError(
-            f"{place}: expected a zip that this Python can open, got {error}: unpack it yourself"
-        ) from error
-
-
-# ---- Parquet
-
-
-def _row_group_ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int]]:
-    with _open_parquet(shard) as file:
-        ends = _row_group_ends(file)
-    start = 0
-    for end, after in zip(ends, [*ends[1:], math.inf], strict=True):
-        if after - start > shard_bytes:
-            yield start, end
-            start = end
-    if not ends:
-        yield 0, 0
-
-
-def _row_group_ends(file: pq.ParquetFile) -> list[int]:
-    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-    sizes = (sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups)
-    return list(accumulate(sizes))
-
-
-@contextmanager
-def _open_parquet(shard: Shard) -> Iterator[pq.ParquetFile]:
-    with _clear_errors(shard.file):
-        try:
-            with pq.ParquetFile(shard.file) as file:
-                yield file
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise EOFError(str(error)) from error  # the way pyarrow says that a page is broken
-
-
-def _parquet_batches(
-    shard: Shard, keys: Iterable[str] | None = None, numbers: np.ndarray | None = None
-) -> Iterator[list[dict]]:
-    """Rows of a shard, some at a time: all or those of `numbers`, with all columns or those of `keys`."""
-    with _open_parquet(shard) as file:
-        ends = _row_group_ends(file)
-        groups = [number for number, end in enumerate(ends) if shard.start < end <= shard.stop]
-        columns = None if keys is None else [name for name in file.schema_arrow.names if name in keys]
-        bytes_of_rows = sum(file.metadata.row_group(number).total_byte_size for number in groups)
-        n_rows = sum(file.metadata.row_group(number).num_rows for number in groups)
-        size = max(1, min(1000, 2**24 * n_rows // max(bytes_of_rows, 1)))  # rows with their pictures are large
-        first = 0
-        for batch in file.iter_batches(size, groups, columns):
-            after = first + len(batch)
-            if numbers is not None:
-                start, stop = np.searchsorted(numbers, [first, after])
-                batch = batch.take(pa.array(numbers[start:stop] - first))
-            first = after
-            yield batch.to_pylist()
-    check_unchanged(shard)
-
-
-def _json_line(shard: Shard, record: dict) -> bytes:
-    record = {key: value for key, value in record.items() if value is not None}
-    try:
-        return json.dumps(record, ensure_ascii=False, default=_as_text).encode() + b"\n"
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{shard.file}: expected rows that JSON can hold, got {error}: convert that column"
-        ) from error
-
-
-def _as_text(value: object) -> str:
-    """What JSON has no word for: bytes in base64, as [`~trl_mprm.data.images.ImageFinder`] reads them; a time, a decimal."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

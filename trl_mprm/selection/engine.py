@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..data.shards import Shard
-from .passes import Emitted, emit, score_shard
+from .passes import KeptRows, emit, score_shard
 from .rules import CutSpec
 from .summary import Scores, Summary
 from .threshold import Cut, Ties, tie_counts
@@ -78,8 +78,8 @@ class LocalRun:
     def ties(self, cut: Cut) -> list[Ties]:
         return self.map(_count_ties, cut)
 
-    def emit(self, cut: Cut, folder: Path) -> list[Emitted]:
-        return self.map(_emit_parts, cut, folder)
+    def emit(self, cut: Cut, folder: Path) -> list[KeptRows]:
+        return self.map(_write_kept, cut, folder)
 
     def _each(self, function: Callable, *columns: Iterable) -> Iterator:
         if self.pool is None:
@@ -89,10 +89,15 @@ class LocalRun:
             yield from self.pool.map(function, *columns)
         except BrokenProcessPool as error:
             raise OSError("a worker process was killed, perhaps for want of memory: run again") from error
+        except BaseException:
+            # The other workers are still writing: they end before the folder that they write to is deleted
+            self.pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _start_worker() -> None:
     gc.freeze()  # what the parent made is not looked through, and so not copied
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all of them: the parent alone has something to say
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed parent leaves no worker behind
 
 
@@ -100,7 +105,7 @@ def _count_ties(shard: Shard, scores: Scores, cut: Cut) -> Ties:
     return tie_counts(scores, cut)
 
 
-def _emit_parts(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> Emitted:
+def _write_kept(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> KeptRows:
     with open(folder / f"{shard.index}.kept", "wb") as kept, open(folder / f"{shard.index}.refused", "wb") as refused:
         return emit(shard, scores, cut, kept, refused)
 

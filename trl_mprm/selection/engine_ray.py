@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..data.shards import Shard
 from ..files import atomic_output
-from .passes import Emitted, emit, score_shard
+from .passes import KeptRows, emit, score_shard
 from .rules import CutSpec
 from .summary import Scores, Summary, merge
 from .threshold import Cut, Ties, tie_counts
@@ -102,7 +102,7 @@ class RayRun:
     def ties(self, cut: Cut) -> list[Ties]:
         return self.map(_ties, cut, what="counting ties")
 
-    def emit(self, cut: Cut, folder: Path) -> list[Emitted]:
+    def emit(self, cut: Cut, folder: Path) -> list[KeptRows]:
         emitted = self.map(_emit, cut, folder, what="writing")
         missing = next((shard for shard in self.shards if not (folder / f"{shard.index}.kept").is_file()), None)
         if missing is not None:
@@ -146,7 +146,7 @@ def _ties(shard: Shard, scores: Scores, cut: Cut) -> Ties:
     return tie_counts(scores, cut)
 
 
-def _emit(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> Emitted:
+def _emit(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> KeptRows:
     # Whole or not at all: what a dying worker leaves behind must not mix with what its successor writes.
     with (
         atomic_output(folder / f"{shard.index}.kept") as kept,

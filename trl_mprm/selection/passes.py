@@ -15,7 +15,9 @@ row, typed, and takes a line only if nothing about it is unusual. All other line
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate, chain, groupby, repeat
 from operator import attrgetter
@@ -121,18 +123,43 @@ def score_shard(
 
     ```
     """
+    with _frames_to_spare():
+        scores = _scores(shard, image_root, drop_answer_step, words)
+    if spec is not None and spec.entry.reads is not None:
+        scores = with_values(scores, read_values(shard, spec))
+    return scores, summarize(scores)
+
+
+def _scores(shard: Shard, image_root: str | os.PathLike | None, drop_answer_step: bool, words: bool) -> Scores:
     file = Path(shard.file)
     finder = _finder(file.parent if image_root is None else image_root, shard.plan)
     sources = kept_sources(shard.file) if shard.repo_id is None else []
     rows = _Rows(shard.source, sources, finder, drop_answer_step, words)
-    for block, lines in line_batches(shard):
-        rows.add(lines, is_utf8(block))
-        if len(rows.columns.state) > LINES_AS_NUMBERS:
-            rows.to_arrays()
-    scores = rows.scores(shard)
-    if spec is not None and spec.entry.reads is not None:
-        scores = with_values(scores, read_values(shard, spec))
-    return scores, summarize(scores)
+    try:
+        for block, lines in line_batches(shard):
+            rows.add(lines, is_utf8(block))
+            if len(rows.columns.state) > LINES_AS_NUMBERS:
+                rows.to_arrays()
+    except MemoryError as error:
+        raise ValueError(
+            f"{shard.place}: expected lines that fit into memory, and after {rows.n_lines:,} of them it is full: is this "
+            "file of another kind, or an archive made to be huge?"
+        ) from error
+    return rows.scores(shard)
+
+
+@contextmanager
+def _frames_to_spare(n_frames: int = 200) -> Iterator[None]:
+    """
+    Parse as if the stack were deeper than it is: how deep values of a line may be nested depends on it, and what passes
+    here must be read again wherever it is kept.
+    """
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit - n_frames)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 @lru_cache(maxsize=1)
@@ -402,10 +429,10 @@ def group_hash(source: str, prompt: object, images: Iterable) -> int:
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-class Emitted(NamedTuple):
+class KeptRows(NamedTuple):
     """
-    What a shard gave: the summary of its kept rows, their sources in order, as (source, number of rows), and their
-    line numbers in the file, from 0.
+    The kept rows of a shard: their summary, their sources in order, as (source, number of rows), and their line numbers
+    in the file, from 0.
     """
 
     summary: Summary
@@ -413,7 +440,7 @@ class Emitted(NamedTuple):
     lines: np.ndarray
 
 
-def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: BinaryIO) -> Emitted:
+def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: BinaryIO) -> KeptRows:
     """
     Second pass: write the kept lines of a shard to `kept`, byte by byte, each with a line end, and a JSON line (file,
     line, reason) for each refused row to `refused`.
@@ -447,9 +474,9 @@ def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: Binary
         kept.write(line if line.endswith(b"\n") else line + b"\n")
     reason = reason_of_kinds(scores.kinds, cut.check_images)
     for row in np.flatnonzero(np.append(reason >= 0, False)[scores.kind]).tolist():
-        place = {"file": shard.place, "line": cut.first_line[scores.shard] + row + 1}
-        line = json.dumps(place | {"reason": REASONS[reason[scores.kind[row]]]}, ensure_ascii=False)
+        where = {"file": shard.place, "line": cut.first_line[scores.shard] + row + 1}
+        line = json.dumps(where | {"reason": REASONS[reason[scores.kind[row]]]}, ensure_ascii=False)
         refused.write(line.encode() + b"\n")
     sources = scores.kinds["source"][scores.kind[rows]].tolist()
     runs = [(scores.sources[source], len(list(run))) for source, run in groupby(sources)]
-    return Emitted(summarize(scores, rows), runs, rows + cut.first_line[scores.shard])
+    return KeptRows(summarize(scores, rows), runs, rows + cut.first_line[scores.shard])

@@ -92,7 +92,7 @@ def find_cut(summary: Summary, spec: CutSpec, *, images_required: bool = False) 
     """
     kinds, stratum = summary.kinds, np.arange(len(summary.sources))
     stratum = stratum * 0 if spec.by is None else stratum
-    n_strata = len(np.unique(stratum))
+    n_strata = len(set(stratum.tolist()))
     # Not one usable row, and missing images the only fault of images: the annotations came without them.
     faults = {REASONS[reason] for reason in kinds["reason"] if reason >= 0 and REASONS[reason].startswith("image_")}
     check_images = images_required or bool((kinds["reason"] < 0).any()) or faults != {str(Reason.IMAGE_MISSING)}

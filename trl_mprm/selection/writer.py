@@ -33,7 +33,7 @@ from ..data.images import ImageFinder, find_images
 from ..data.rows import is_unicode, own_text
 from ..data.shards import Paths, Shard
 from ..files import atomic_output, write_json
-from .passes import Emitted
+from .passes import KeptRows
 
 
 if TYPE_CHECKING:  # `datasets` takes longer to import than a small selection takes: only what makes a data set does
@@ -125,7 +125,7 @@ class SelectionWriter:
                 f"{self.folder} already holds {min(others).name}, which is not of this run: give an empty folder"
             )
 
-    def write(self, report: dict, emitted: list[Emitted], parts: Path, page: str | None = None) -> None:
+    def write(self, report: dict, emitted: list[KeptRows], parts: Path, page: str | None = None) -> None:
         """Put the parts of the shards together, in order, and all that was made under its final name."""
         with ExitStack() as stack:
             if page is not None:
@@ -148,7 +148,7 @@ class SelectionWriter:
             for file in sorted(ready.iterdir(), key=lambda file: file.name == self.report.name):
                 file.rename(self.folder / file.name)
 
-    def _write_lines(self, ready: Path, report: dict, emitted: list[Emitted], parts: Path) -> None:
+    def _write_lines(self, ready: Path, report: dict, emitted: list[KeptRows], parts: Path) -> None:
         """The kept lines of each source in its file, or of all in one; `revision` is of all of them, in order."""
         names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
         digests = {name: xxhash.xxh3_128() for name in names}
@@ -181,7 +181,7 @@ class SelectionWriter:
                 revision.update(block)
         return revision.hexdigest()
 
-    def _write_dataset(self, report: dict, emitted: list[Emitted], parts: Path) -> None:
+    def _write_dataset(self, report: dict, emitted: list[KeptRows], parts: Path) -> None:
         from datasets import Dataset, DatasetInfo, Features
         from datasets.table import MemoryMappedTable
 
@@ -217,7 +217,7 @@ class SelectionWriter:
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
 
     def push_to_hub(
-        self, repo_id: str, report: dict, emitted: list[Emitted], parts: Path, license: str | None = None
+        self, repo_id: str, report: dict, emitted: list[KeptRows], parts: Path, license: str | None = None
     ) -> None:
         """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
         import pyarrow.parquet as pq
@@ -259,12 +259,12 @@ class SelectionWriter:
             folder_path=folder, repo_id=repo_id, repo_type="dataset", commit_message="Rollouts of trl-mprm select"
         )
 
-    def _rows(self, emitted: list[Emitted], parts: Path, report: dict, resolve: bool) -> Callable[[], Iterator[dict]]:
+    def _rows(self, emitted: list[KeptRows], parts: Path, report: dict, resolve: bool) -> Callable[[], Iterator[dict]]:
         """Kept records in the row type, as often as they are asked for. `resolve`: image paths become real paths."""
         check = resolve and report["images"] == "checked"
         return partial(self._read_rows, emitted, parts, report["drop_answer_step"], check)
 
-    def _read_rows(self, emitted: list[Emitted], parts: Path, drop_answer_step: bool, check: bool) -> Iterator[dict]:
+    def _read_rows(self, emitted: list[KeptRows], parts: Path, drop_answer_step: bool, check: bool) -> Iterator[dict]:
         finders: dict[object, ImageFinder] = {}
         for shard, part in zip(self.shards, emitted, strict=True):
             root = Path(shard.file).parent if self.image_root is None else self.image_root
@@ -334,7 +334,7 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _sources_of_lines(names: list[str], emitted: list[Emitted]) -> dict[str, list]:
+def _sources_of_lines(names: list[str], emitted: list[KeptRows]) -> dict[str, list]:
     """Files in which a line cannot tell its source by the name of the file, and the sources of their lines in order."""
     runs: dict[str, list] = {}
     for name, shard in zip(names, emitted, strict=True):
