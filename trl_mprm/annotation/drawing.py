@@ -146,7 +146,7 @@ class Drawing:
 
     def _count(self, reply: Reply) -> None:
         self.spent["draws"] += len(reply.draws)
-        self.spent["tokens"] += sum(draw.tokens or 0 for draw in reply.draws)
+        self.spent["tokens"] += reply.tokens or sum(draw.tokens or 0 for draw in reply.draws)
         self.spent["prompt_tokens"] += reply.prompt_tokens or 0
         self.spent["cached_tokens"] += reply.cached_tokens or 0
         shown: dict[str, Any] = {"tokens": f"{self.spent['tokens']:,}"}

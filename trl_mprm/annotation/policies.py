@@ -38,11 +38,15 @@ class Draw(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """All draws of a request; tokens of the prefix, and how many of these were not computed again."""
+    """
+    All draws of a request; tokens of the prefix, how many of these were not computed again, and generated tokens where
+    the draws do not tell.
+    """
 
     draws: list[Draw]
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
+    tokens: int | None = None
 
 
 class Parked(NamedTuple):
@@ -105,6 +109,8 @@ def open_policy(policy: "str | Callable | Policy", **sampling: Any) -> Policy:
     if isinstance(policy, Policy):
         return policy
     if callable(policy):
+        if sampling:
+            raise ValueError(f"a callable policy samples as it likes: leave out {', '.join(sampling)}")
         return CallablePolicy(policy)
     if not isinstance(policy, str):
         raise ValueError(f"policy is {policy!r:.80}, expected a model, the URL of a server, or a callable")
