@@ -229,7 +229,8 @@ def test_server_that_opens_a_new_message_is_told_from_one_that_continues(url):
     def opens_a_new_message(handler, number):
         body = handler.asked
         if body["messages"][-1]["role"] == "assistant":
-            body["messages"].append({"role": "user", "content": ""})
+            del body["continue_final_message"], body["add_generation_prompt"]
+            body["messages"].append({"role": "user", "content": "."})
         handler.forward(json.dumps(body).encode())
         return True
 

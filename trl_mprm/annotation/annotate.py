@@ -23,8 +23,9 @@ from ..selection.rules import CutSpec
 from .budget import Race, Tally, next_draws
 from .checkers import Checker, find_checker
 from .drawing import Drawing, cost
+from .opening import open_policy
 from .output import annotated_row, evidence, raw_record, to_dataset, write_jsonl, write_parquet
-from .policies import Policy, open_policy
+from .policies import Policy
 from .progress import Progress
 from .questions import Rollout, from_rows
 

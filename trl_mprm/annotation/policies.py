@@ -94,30 +94,3 @@ class CallablePolicy(Policy):
         if not isinstance(texts, list) or len(texts) != request.n or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{name}: the policy returned {texts!r:.80}, expected a list of {request.n} texts")
         return Reply([Draw(text, STOP) for text in texts])
-
-
-def open_policy(policy: "str | Callable | Policy", **sampling: Any) -> Policy:
-    """
-    A policy by name: the URL of a server (`http://...`), the Hub id or folder of a model, or a callable.
-
-    Args:
-        policy (`str`, `Callable` or [`Policy`]):
-            As above; a [`Policy`] is taken as it is.
-        sampling:
-            `temperature`, `top_p`, `top_k` and `max_new_tokens`, for a server or a model.
-    """
-    if isinstance(policy, Policy):
-        return policy
-    if callable(policy):
-        if sampling:
-            raise ValueError(f"a callable policy samples as it likes: leave out {', '.join(sampling)}")
-        return CallablePolicy(policy)
-    if not isinstance(policy, str):
-        raise ValueError(f"policy is {policy!r:.80}, expected a model, the URL of a server, or a callable")
-    if policy.startswith(("http://", "https://")):
-        from .server_policy import ServerPolicy
-
-        return ServerPolicy(policy, **sampling)
-    from .model_policy import ModelPolicy
-
-    return ModelPolicy.from_pretrained(policy, **sampling)

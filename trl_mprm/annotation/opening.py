@@ -1,0 +1,32 @@
+"""A policy by its name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .policies import CallablePolicy, Policy
+from .server_policy import ServerPolicy
+
+
+def open_policy(policy: str | Callable[..., list[str]] | Policy, **sampling: Any) -> Policy:
+    """
+    A policy by name: the URL of a server (`http://...`), the Hub id or folder of a model, or a callable.
+
+    Args:
+        policy (`str`, `Callable` or [`Policy`]):
+            As above; a [`Policy`] is taken as it is.
+        sampling:
+            `temperature`, `top_p`, `top_k` and `max_new_tokens`, for a server or a model.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if callable(policy):
+        if sampling:
+            raise ValueError(f"a callable policy samples as it likes: leave out {', '.join(sampling)}")
+        return CallablePolicy(policy)
+    if not isinstance(policy, str):
+        raise ValueError(f"policy is {policy!r:.80}, expected a model, the URL of a server, or a callable")
+    if policy.startswith(("http://", "https://")):
+        return ServerPolicy(policy, **sampling)
+    from .model_policy import ModelPolicy  # here, so that a server does not wait for torch
+
+    return ModelPolicy.from_pretrained(policy, **sampling)
