@@ -414,9 +414,9 @@ def test_hub_dataset_of_several_splits_and_files(tmp_path):
     assert done.stdout.splitlines()[:2] == [str(ids)] * 2
     kept = pq.read_table(tmp_path / "kept" / "rows.parquet")
     assert kept["rollout_id"].to_pylist() == ["rollouts:1", "rollouts:2", "rollouts:4"]  # mixed, int(7 * 0.5) of them
-    report = json.loads((tmp_path / "kept" / "selection.json").read_text())
+    report = json.loads((tmp_path / "kept" / "rows.parquet.selection.json").read_text())
     assert list(report["sources"]) == ["rollouts"] and report["total"]["read"] == 8
-    (refused,) = (tmp_path / "kept" / "refused.jsonl").read_text().splitlines()
+    (refused,) = (tmp_path / "kept" / "rows.parquet.refused.jsonl").read_text().splitlines()
     assert json.loads(refused) == {"file": "org/rollouts", "line": 6, "reason": "step_without_score"}
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import xxhash
 
 from ..data.formats import READ_KEYS, parse, prompt_text, states_answer
-from ..data.hub import local_inputs
 from ..data.images import ImageFinder, find_images
 from ..data.rows import Refused, check_steps, image_list, own_text, question_key
 from ..data.shards import Paths, line_batches, plan_shards
+from ..data.splits import local_inputs
 from ..data.splitting import split_steps
 
 

@@ -1,36 +1,49 @@
 """
-Data sets and models on the Hub: what is an id, and its files on this disk.
+The Hugging Face Hub: what is an id there, and the files of a repository on this disk.
 
-`datasets` and `huggingface_hub` are imported when the Hub is asked: a selection from local files does without them.
+    snapshot("OpenGVLab/VisualPRM400K-v1.1-Raw", "dataset", allow_patterns="annotations.zip")
+    -> ~/.cache/huggingface/hub/datasets--OpenGVLab--VisualPRM400K-v1.1-Raw/snapshots/3f0c...
+
+`huggingface_hub` is imported when the Hub is asked: a selection from local files does without it.
 """
 
+import errno
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .shards import SUFFIXES, HubRows, Paths
+from .shards import SUFFIXES
 
 
-def local_inputs(inputs: Paths) -> Paths:
-    """Inputs on this disk: of a dataset on the Hub its `annotations.zip`, else the files of its split `train`."""
-    if isinstance(inputs, list):
-        return [local_inputs(item) for item in inputs]
-    if not is_hub_id(inputs):
-        return inputs
-    return hub_annotations(inputs) or _hub_files(inputs)
+logger = logging.getLogger(__name__)
+
+TIME_LIMIT = 20.0  # seconds that the Hub has to answer; `huggingface_hub` would wait for ever
 
 
-# ---- the Hub
+def is_hub_id(name: object) -> bool:
+    """
+    Whether a name is the id of a repository, `org/name` by the rules of the Hub, and neither a file nor a folder here.
 
+    Examples:
+    ```python
+    >>> from trl_mprm.data.hub import is_hub_id
+    >>> [is_hub_id(name) for name in ("Qwen/ProcessBench", "raw/AI2D.jsonl", "a/b/c", "./here", "org/name.git")]
+    [True, False, False, False, False]
 
-def is_hub_id(path: Paths) -> bool:
+    ```
+    """
     return (
-        isinstance(path, str)
-        and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
-        and not path.endswith((*SUFFIXES, ".zip"))
-        and not os.path.exists(path)
+        isinstance(name, str)
+        and re.fullmatch(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", name, re.ASCII) is not None
+        and "--" not in name
+        and ".." not in name
+        and not name.endswith((*SUFFIXES, ".json", ".zip", ".git"))
+        and not os.path.exists(name)
     )
 
 
@@ -39,57 +52,107 @@ def public_name(path: str) -> str:
     return path if is_hub_id(path) else Path(path).name
 
 
+def snapshot(repo_id: str, kind: str, revision: str | None = None, **patterns: Any) -> Path:
+    """
+    The folder of a repository on this disk, its files fetched, or as an earlier run fetched them where the Hub cannot be
+    asked.
+
+    Args:
+        repo_id (`str`):
+            Its id, `org/name`.
+        kind (`str`):
+            `"dataset"` or `"model"`.
+        revision (`str`, *optional*):
+            A branch, a tag or a commit.
+        patterns (`Any`):
+            `allow_patterns`, `ignore_patterns`: which files.
+
+    Raises:
+        `FileNotFoundError`: One line: no such repository, no access, or no answer of the Hub that can be used.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    options = {"repo_type": kind, "revision": revision, **patterns}
+    try:
+        with clear_hub_errors(repo_id, kind):
+            # `snapshot_download` asks the same without a limit of time
+            if not constants.HF_HUB_OFFLINE:
+                HfApi().repo_info(repo_id, repo_type=kind, revision=revision or "main", timeout=TIME_LIMIT)
+            return Path(snapshot_download(repo_id, etag_timeout=TIME_LIMIT, **options))
+    except FileNotFoundError as error:
+        try:
+            folder = Path(snapshot_download(repo_id, local_files_only=True, **options))
+        except (OSError, ValueError):
+            raise error from None
+        logger.warning("%s; taken as an earlier run fetched it", error)
+        return folder
+
+
+@contextmanager
+def clear_hub_errors(repo_id: str, kind: str) -> Iterator[None]:
+    """Whatever goes wrong when the Hub is asked for a repository becomes one line, a `FileNotFoundError`."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    # A broken answer (a list for an object, a page for JSON) fails wherever `huggingface_hub` first looks into it.
+    except (HTTPError, OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise FileNotFoundError(f"{repo_id}: {_problem(error, repo_id, kind)}") from error
+
+
+def _problem(error: Exception, repo_id: str, kind: str) -> str:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    here = "no such folder here" if kind == "model" else "no such file or folder here"
+    login = "" if get_token() else "; you are not logged in: hf auth login"
+    if isinstance(error, HFValidationError):
+        return "no such folder, and no Hub id (org/name)"
+    if isinstance(error, GatedRepoError):
+        page = f"{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+        return f"access to this {kind} must be requested at https://huggingface.co/{page}{login}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{here}, and no such {kind} on the Hub, or a private one{login}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the {kind} on the Hub has no such revision"
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return f"{here}, and the Hub cannot be reached"
+    if isinstance(error, EntryNotFoundError):
+        return f"the {kind} on the Hub has no such file"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        advice = login or "; your token may not" if status in (401, 403) else ": try again later"
+        return f"the Hub answers {status} {error.response.reason_phrase}{advice}"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+        return f"cannot be kept on this disk ({error}): set HF_HOME to a folder that can be written"
+    if isinstance(error, HTTPError | OSError):  # no connection, a closed one, no answer in time, a download cut short
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"{here}, and the Hub cannot be reached or breaks off ({reason:.160})"
+    return f"the answer of the Hub cannot be read ({error!s:.80}): does the network want a login, or is it no Hub?"
+
+
 @cache
 def hub_annotations(repo_id: str) -> Path | None:
     """The `annotations.zip` of a dataset on the Hub, None if it has no such file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo_id, "annotations.zip", repo_type="dataset"))
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id}: no such folder here, and no such dataset on the Hub") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id}: no such file or folder here, and the Hub cannot be reached") from error
-    except EntryNotFoundError:
-        return None
+    file = snapshot(repo_id, "dataset", allow_patterns="annotations.zip") / "annotations.zip"
+    return file if file.is_file() else None
 
 
 def hub_snapshot(repo_id: str, file: str) -> Path:
     """The local folder of a dataset on the Hub, with `file` in it if there is one; its name is the commit."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=file))
-
-
-def _hub_files(repo_id: str) -> HubRows:
-    """What `load_dataset` would read of the split `train`, in its order, as files on this disk."""
-    from datasets import load_dataset_builder
-    from huggingface_hub import snapshot_download
-
-    files = (load_dataset_builder(repo_id).config.data_files or {}).get("train", [])
-    # hf://datasets/org/name@commit/path
-    commits, paths = zip(*(file.split("@", 1)[1].split("/", 1) for file in files), strict=True) if files else ((), ())
-    odd = next((path for path in paths if not path.endswith(SUFFIXES)), None if paths else "no such files")
-    if odd is not None:
-        raise ValueError(
-            f"{repo_id}: expected annotations.zip, or a split train of {', '.join(f'*{end}' for end in SUFFIXES)}, got "
-            f"{odd}: read that dataset with load_rollouts, and select in Python"
-        )
-    folder = snapshot_download(repo_id, repo_type="dataset", revision=commits[0], allow_patterns=list(paths))
-    return HubRows(repo_id, [Path(folder, path) for path in paths])
+    return snapshot(repo_id, "dataset", allow_patterns=file)
 
 
 def download_model(model_id: str, **kwargs: Any) -> Path:
     """A snapshot of a model on the Hub. Raises `FileNotFoundError`, in one line, where there is none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_id, **kwargs))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{model_id}: no such folder, and no Hub id (org/name)") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{model_id}: no such folder here, and no such model on the Hub") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{model_id}: no such folder here, and the Hub cannot be reached") from error
+    return snapshot(model_id, "model", **kwargs)

@@ -33,10 +33,11 @@ from tqdm.auto import tqdm
 
 from .evidence import kept_sources
 from .formats import parse, to_row
-from .hub import hub_annotations, is_hub_id, local_inputs
+from .hub import hub_annotations, is_hub_id
 from .images import ImageFinder, find_images
 from .rows import Reason, Refused, own_text
-from .shards import Paths, line_batches, plan_shards
+from .shards import Paths, SplitFiles, line_batches, plan_shards
+from .splits import local_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def load_rollouts(
     path_or_hub_id: Paths,
     image_root: str | os.PathLike | None = None,
     *,
+    split: str = "train",
+    name: str | None = None,
     streaming: bool = False,
     drop_answer_step: bool = False,
 ) -> Dataset | IterableDataset:
@@ -98,17 +101,24 @@ def load_rollouts(
         path_or_hub_id (`str`, path, or `list` of paths):
             A folder (its files, or its `annotations.zip`), a glob, one file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`,
             `.parquet`, or a `.zip` of `.jsonl`, read in place), a list of these, a folder of `save_to_disk`, or a
-            dataset on the Hub: its `annotations.zip` where there is one, else its split `train`.
-            [`~trl_mprm.data.formats`] has the formats of a row.
+            dataset on the Hub: its `annotations.zip` where there is one, else one of its splits.
+            [`~trl_mprm.data.formats`] has the formats of a row, [`~trl_mprm.data.splits`] the rules for folders.
         image_root (`str` or path, *optional*):
             Folder of the images. Image paths stay inside it. Defaults to the folder of each file.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a data set: on the Hub, or a folder whose names tell of splits (`train.jsonl`, `data/test-*.parquet`,
+            `train/*.jsonl`, a saved `DatasetDict`), as `datasets.load_dataset` finds them. Who names a file means that
+            file, whatever it is called; a folder of other names is all train.
+        name (`str`, *optional*):
+            Configuration of the data set.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows when they are asked for. Files are shared out among the workers of a data loader.
         drop_answer_step (`bool`, *optional*, defaults to `False`):
             Leave a last step that states the final answer without label and score.
 
     Raises:
-        `FileNotFoundError`: no such file, folder or dataset. `ValueError`: no row can be used.
+        `FileNotFoundError`: no such file, folder or dataset. `ValueError`: no row can be used; no such split, or names of
+        which it is not clear which split they are of.
 
     Examples:
     ```python
@@ -123,15 +133,16 @@ def load_rollouts(
 
     ```
     """
-    if isinstance(path_or_hub_id, (str, os.PathLike)) and (Path(path_or_hub_id) / "state.json").is_file():
-        saved = datasets.load_from_disk(str(path_or_hub_id))
+    if isinstance(path_or_hub_id, str | os.PathLike) and (saved := _saved(Path(path_or_hub_id), split)) is not None:
         return saved.to_iterable_dataset() if streaming else saved
+    options = {"image_root": image_root, "drop_answer_step": drop_answer_step, "split": split, "name": name}
     if streaming:
-        parts = [path_or_hub_id] if is_hub_id(path_or_hub_id) else _files(path_or_hub_id)
-        options = {"parts": parts, "image_root": image_root, "drop_answer_step": drop_answer_step, "streaming": True}
-        return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=options)
+        parts = _parts(path_or_hub_id, split, name)
+        return IterableDataset.from_generator(
+            _rows, features=FEATURES, gen_kwargs={"parts": parts, "streaming": True, **options}
+        )
     refused: list[str] = []
-    rows = _rows([path_or_hub_id], image_root, drop_answer_step, refused=refused)
+    rows = _rows([path_or_hub_id], refused=refused, **options)
     path, n_rows = _write_arrow(rows)
     if not n_rows:
         raise ValueError(
@@ -144,22 +155,44 @@ def load_rollouts(
     return Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=path.stem)
 
 
-def _files(inputs: Paths) -> list[str]:
-    """Files, one by one; of two with one name the second one is an error, as without streaming."""
-    return list(dict.fromkeys(shard.file for shard in plan_shards(inputs)))
+def _saved(folder: Path, split: str) -> Dataset | None:
+    """What `save_to_disk` wrote there: a data set, or the split of several."""
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"{folder}: no split {split!r}, found {', '.join(saved)}")
+    return saved[split]
+
+
+def _parts(inputs: Paths, split: str, name: str | None) -> list[Paths]:
+    """What workers share out: files one by one, and data sets; of two with one name the second one is an error."""
+    if is_hub_id(inputs):
+        return [inputs]
+    local = local_inputs(inputs, split, name)
+    plan_shards(local)
+    parts: list[Paths] = []
+    for item in local if isinstance(local, list) else [local]:
+        whole = isinstance(item, SplitFiles)
+        parts += [item] if whole else dict.fromkeys(shard.file for shard in plan_shards(item))
+    return parts
 
 
 def _rows(
     parts: list[Paths],
     image_root: str | os.PathLike | None,
     drop_answer_step: bool,
+    split: str,
+    name: str | None,
     streaming: bool = False,
     refused: list[str] | None = None,
 ) -> Iterator[dict]:
     """The rows that can be used; at the end a warning for each reason why others cannot, also put into `refused`."""
     refusals = []
     for part in parts:
-        for item in read_rollouts(part, image_root, True, drop_answer_step, streaming):
+        for item in read_rollouts(part, image_root, True, drop_answer_step, streaming, split, name):
             if isinstance(item, Rollout):
                 yield item.row
                 continue
@@ -181,13 +214,16 @@ def read_rollouts(
     check_images: bool = True,
     drop_answer_step: bool = False,
     streaming: bool = False,
+    split: str = "train",
+    name: str | None = None,
 ) -> Iterator[Rollout | Refusal]:
     """
     Read rollouts one by one: a [`Rollout`] for each row that can be used, a [`Refusal`] for each that cannot.
 
     An image is checked once, by its header and its last bytes: a known format, at most `MAX_PIXELS` pixels, the end
     mark of PNG or JPEG present. Only a file without that mark is decoded. `check_images=False` leaves image paths as
-    they are and does not look for the files. `streaming` concerns datasets on the Hub alone.
+    they are and does not look for the files. `streaming` concerns datasets on the Hub alone. `split` and `name` are those
+    of [`load_rollouts`].
 
     Examples:
     ```python
@@ -203,7 +239,7 @@ def read_rollouts(
     ```
     """
     finders: dict[Path | None, ImageFinder] = {}
-    for file, folder, number, source, record in _records(inputs, streaming):
+    for file, folder, number, source, record in _records(inputs, streaming, split, name):
         root = folder if image_root is None else Path(image_root)
         if root not in finders:
             finders[root] = ImageFinder(root, check_images)
@@ -234,20 +270,22 @@ def describe_refusals(refusals: Iterable[Refusal]) -> list[str]:
 # ---- files
 
 
-def _records(inputs: Paths, streaming: bool) -> Iterator[tuple[str, Path | None, int, str, object]]:
+def _records(
+    inputs: Paths, streaming: bool, split: str, name: str | None
+) -> Iterator[tuple[str, Path | None, int, str, object]]:
     """File, its folder, line from 0, source by file name, and the parsed line (None: no JSON object) of every row."""
-    if is_hub_id(inputs) and hub_annotations(inputs) is None:
-        for number, record in enumerate(_hub_rows(inputs, streaming)):
+    if is_hub_id(inputs) and (hub_annotations(inputs) is None or (split, name) != ("train", None)):
+        for number, record in enumerate(_hub_rows(inputs, streaming, split, name)):
             yield str(inputs), None, number, str(inputs).split("/")[-1], record
         return
-    shards = plan_shards(local_inputs(inputs))
+    shards = plan_shards(local_inputs(inputs, split, name))
     total = sum({shard.file: shard.stamp[0] for shard in shards}.values())
     with tqdm(total=total, unit="B", unit_scale=True, delay=2) as bar:
         place = ""
         for shard in shards:
             if shard.place != place:
                 place, number = shard.place, 0
-                sources = kept_sources(shard.file) if shard.repo_id is None else []
+                sources = kept_sources(shard.file) if shard.dataset is None else []
             bar.set_description(f"reading {shard.source}", refresh=False)  # a refresh would ignore `delay`
             for block, lines in line_batches(shard):
                 bar.update(len(block))
@@ -287,8 +325,8 @@ def chunks(rows: Iterable, size: int) -> Iterator[list]:
 # ---- the Hub
 
 
-def _hub_rows(repo_id: str, streaming: bool) -> Iterator[dict]:
-    rows = datasets.load_dataset(repo_id, split="train", streaming=streaming)
+def _hub_rows(repo_id: str, streaming: bool, split: str, name: str | None) -> Iterator[dict]:
+    rows = datasets.load_dataset(repo_id, name, split=split, streaming=streaming)
     if streaming:
         yield from rows if rows.features is None else map(_undecoded(rows.features).decode_example, rows.decode(False))
         return

@@ -27,14 +27,14 @@ from .evidence import is_refused_file, reports_beside
 from .formats import READ_KEYS
 
 
-class HubRows(NamedTuple):
-    """The files of the split `train` of a dataset on the Hub: together one file, as `load_dataset` reads them."""
+class SplitFiles(NamedTuple):
+    """The files of one split of a data set, on the Hub or a copy of it: together one file, as `load_dataset` reads them."""
 
-    repo_id: str
+    dataset: str  # its Hub id, or its folder
     files: list[Path]
 
 
-Paths = str | os.PathLike | HubRows | list[str | os.PathLike | HubRows]
+Paths = str | os.PathLike | SplitFiles | list[str | os.PathLike | SplitFiles]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -60,12 +60,12 @@ class Shard(NamedTuple):
     source: str  # by name
     stamp: tuple[int, int]  # size and time of the last change when the shards were made
     plan: str  # shards of one call of `plan_shards` have it in common
-    repo_id: str | None = None  # of a dataset on the Hub that these rows are of
+    dataset: str | None = None  # that these rows are a split of: its Hub id, or its folder
 
     @property
     def place(self) -> str:
         """What is read as one file: its lines are counted from its first one on."""
-        return self.repo_id or (self.file if self.member is None else f"{self.file}/{self.member}")
+        return self.dataset or (self.file if self.member is None else f"{self.file}/{self.member}")
 
 
 def plan_shards(inputs: Paths, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
@@ -88,10 +88,10 @@ def plan_shards(inputs: Paths, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
     seen: dict[str, Path] = {}
     plan = uuid.uuid4().hex
     for item in inputs if isinstance(inputs, list) else [inputs]:
-        repo_id = item.repo_id if isinstance(item, HubRows) else None
-        for file in item.files if isinstance(item, HubRows) else input_files(item):
+        dataset = item.dataset if isinstance(item, SplitFiles) else None
+        for file in item.files if isinstance(item, SplitFiles) else input_files(item):
             # In the cache of the Hub, files of the same content are links to one file
-            real = str(file) if repo_id else os.path.realpath(file)
+            real = str(file) if dataset else os.path.realpath(file)
             if real in seen:
                 raise ValueError(
                     f"expected each file once, got {file} after {seen[real]}, which is the same file: its rows would "
@@ -100,8 +100,8 @@ def plan_shards(inputs: Paths, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
             seen[real] = file
             stamp = _stamp(file)
             for member in _members(file) if file.suffix == ".zip" else [None]:
-                source = source_name(member or file) if repo_id is None else repo_id.split("/")[-1]
-                shard = Shard(0, str(file), member, 0, None, source, stamp, plan, repo_id)
+                source = source_name(member or file) if dataset is None else os.path.basename(os.path.abspath(dataset))
+                shard = Shard(0, str(file), member, 0, None, source, stamp, plan, dataset)
                 if (other := places.setdefault(source, shard.place)) != shard.place:
                     raise ValueError(
                         f"{other} and {shard.place} have one name, and the name is the source: rename one of them"
@@ -118,7 +118,7 @@ def _ranges(shard: Shard, shard_bytes: int) -> Iterator[tuple[int, int | None]]:
 
         yield from row_group_ranges(shard.file, shard_bytes)
     # A file of several sources is told apart line by line, from its first line on
-    elif file.suffix != ".jsonl" or (shard.repo_id is None and reports_beside(file)):
+    elif file.suffix != ".jsonl" or (shard.dataset is None and reports_beside(file)):
         yield 0, None
     else:
         yield from _line_ranges(file, shard.stamp[0], shard_bytes)

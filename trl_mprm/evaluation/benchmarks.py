@@ -10,7 +10,6 @@ An item is a row that [`ProcessRewardModel.score_batch`] reads, with its labels,
 
 import json
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -23,15 +22,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..data.hub import is_hub_id, snapshot
 from ..data.images import ImageFinder
 from ..data.rows import Refused
 from . import readers
 from .metrics import prmbench_scores
 from .published_results import TABLES, PublishedTable
 from .tasks import BEST_OF_N, STEP_CORRECTNESS, Task
-
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)")
 
 
 @dataclass(frozen=True)
@@ -238,7 +235,7 @@ def load_benchmark(
         image_root (`str` or `os.PathLike`, *optional*):
             Folder of the images. Defaults to the folder of the file, or to what the Hub's `images.zip` held.
     """
-    if data is None or (HUB_ID.fullmatch(str(data)) and not Path(data).exists()):
+    if data is None or is_hub_id(str(data)):
         data, unpacked = download_benchmark(name, data)
         image_root = image_root or unpacked
     return read_benchmark(data, image_root, name)
@@ -257,20 +254,12 @@ def download_benchmark(name: str, hub_id: str | None = None) -> tuple[Path, Path
     Returns:
         `tuple[Path, Path]`: folder of the files, and the root of its images, for [`read_benchmark`].
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
     entry = BENCHMARKS[name]
     hub_id = hub_id or entry.hub_id
     if hub_id is None:
         raise ValueError(f"{name} has no dataset on the Hub: name a file or folder of yours with --data")
     patterns = [*entry.files, "images.zip"]
-    try:
-        folder = Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{hub_id}: no such file or folder here, and no such dataset on the Hub") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(f"{hub_id}: no such file or folder here, and the Hub cannot be reached") from error
+    folder = snapshot(hub_id, "dataset", allow_patterns=patterns)
     archive = folder / "images.zip"
     if not archive.is_file():
         return folder, folder

@@ -14,8 +14,8 @@ import os
 
 import numpy as np
 
-from ..data.hub import local_inputs
 from ..data.shards import Paths, Shard, plan_shards
+from ..data.splits import local_inputs
 from .bis import ALPHA
 from .engine import find_engine
 from .report import describe

@@ -4,8 +4,8 @@ import logging
 import os
 from pathlib import Path
 
-from ..data.hub import local_inputs
 from ..data.shards import Paths, plan_shards
+from ..data.splits import local_inputs
 from .bis import ALPHA
 from .engine import find_engine
 from .report import build_report, describe_refused

@@ -133,7 +133,7 @@ def score_shard(
 def _scores(shard: Shard, image_root: str | os.PathLike | None, drop_answer_step: bool, words: bool) -> Scores:
     file = Path(shard.file)
     finder = _finder(file.parent if image_root is None else image_root, shard.plan)
-    sources = kept_sources(shard.file) if shard.repo_id is None else []
+    sources = kept_sources(shard.file) if shard.dataset is None else []
     rows = _Rows(shard.source, sources, finder, drop_answer_step, words)
     try:
         for block, lines in line_batches(shard):
