@@ -56,6 +56,7 @@ def describe_plainly(folder) -> dict:
         "error_step_share": np.mean(np.array(flat) == 0),
         "mean_mc": np.mean(flat),
         "mixed_share": np.mean([0 < sum(score > 0 for score in some) < len(some) for some in scores]),
+        "all_wrong_share": np.mean([not any(some) for some in scores]),
         "mean_group_size": len(rows) / len({(source, row["question"]) for source, row in rows}),
     }
 

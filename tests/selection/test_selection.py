@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from trl_mprm.cli import main
+from trl_mprm.cli.arguments import print_table
 from trl_mprm.cli.train import DataArguments
 from trl_mprm.data.rollouts import FEATURES as FEATURES_OF_ROWS
 from trl_mprm.data.rollouts import load_rollouts
 from trl_mprm.selection.bis import add_bis
-from trl_mprm.selection.comparison import compare_rules
+from trl_mprm.selection.comparison import compare_rules, comparison_table
 from trl_mprm.selection.dataset_card import dataset_card
 from trl_mprm.selection.datasets import Selection, select, top_fraction
 from trl_mprm.selection.files import select_files
@@ -197,11 +198,13 @@ def test_report_of_a_small_corpus():
         "cut_score": 0.15,
         "ties_at_cut": 3,
         "ties_kept": 2,
+        "all_wrong": 0,
         "mixed_share": 1.0,
         "error_step_share": 0.5,
         "mean_mc": 0.25,
         "mean_group_size": 2.0,
-        "before": {"mixed_share": 0.75, "error_step_share": 3 / 8, "mean_mc": 3.5 / 8, "mean_group_size": 2.0},
+        "before": {"all_wrong": 0, "mixed_share": 0.75, "error_step_share": 3 / 8}
+        | {"mean_mc": 3.5 / 8, "mean_group_size": 2.0},
     }
     assert report["sources"]["y"]["refused"] == {"no_score": 1}
     total = report["total"]
@@ -210,8 +213,60 @@ def test_report_of_a_small_corpus():
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     table = report_table(report)
     assert table[0][:3] == ["source", "read", "refused"] and [row[0] for row in table[1:]] == ["x", "y", "total"]
-    assert {len(row) for row in table} == {12}
+    assert {len(row) for row in table} == {9}
     assert table[-1][1:5] == [6, 1, 5, 3]
+
+
+@pytest.mark.parametrize("n_wrong, many", [(1, False), (2, True)])
+def test_rollouts_without_a_positive_step_are_counted_and_many_are_told(tmp_path, caplog, n_wrong, many):
+    """Two sources, ten kept of ten; R is 1 where no step is positive, so that these tie with the perfect ones."""
+    corpus = [("a", [0.0, 0.0])] * n_wrong + [("a", [1.0, 1.0])] * (5 - n_wrong) + [("b", [0.5, 0.0])] * 5
+    report = select(dataset(corpus), fraction=1.0).report
+    assert [report["sources"][name]["all_wrong"] for name in "ab"] == [n_wrong, 0]
+    assert report["total"]["all_wrong"] == report["total"]["before"]["all_wrong"] == n_wrong
+    words = f"{n_wrong} of 10 kept rollouts ({n_wrong}0%) have no positive step"
+    assert any(words in message for message in caplog.messages) == many
+    for source in "ab":
+        rows = [{"prompt": "q", "completions": ["x", "y"], "labels": s} for name, s in corpus if name == source]
+        (tmp_path / f"{source}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    caplog.clear()
+    page, files = tmp_path / "page.html", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    report = select_files(files, tmp_path / "out", fraction=1.0, page=page)
+    assert any(words in message for message in caplog.messages) == many == (words in page.read_text("utf-8"))
+    assert f'<td>{n_wrong}</td><td id="all-wrong">{n_wrong}</td>' in page.read_text("utf-8")
+    card = dataset_card("you/kept", report).text
+    assert f"| rollouts without a positive step | {n_wrong} | {n_wrong} |" in card and (words in card) == many
+    # a column of scores alone does not tell
+    data = Dataset.from_dict({"rollout_id": ["r"], "source": ["a"], "bis": [0.2]})
+    assert top_fraction(data, 1.0).report["total"]["all_wrong"] is None
+
+
+def test_tables_fit_a_terminal_of_100_columns(tmp_path, capsys):
+    name = "a name that is longer than any table wants it to be"
+    row = {"prompt": "q", "completions": ["x", "y", "z"], "labels": [1 / 3, 0, 1]}
+    (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 1000 + "{\n")
+    assert main(["select", str(tmp_path / f"{name}.jsonl"), "--compare", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    tables = printed[: printed.index("kept rollouts:")]
+    assert max(map(len, tables.splitlines())) <= 100 and "a name that is lo…" in tables
+    for large in (report_table, comparison_table):  # and those of ten million rollouts
+        report = json.loads((tmp_path / "out" / "selection.json").read_text())
+        for facts in (report["total"], *report["sources"].values()):
+            facts |= {"read": 98_765_432, "valid": 98_765_431, "kept": 9_876_543, "all_wrong": 1_234_567}
+            facts |= {"refused": {"not_json": 1_234_567}, "cut_score": 0.123456789}
+        numbers = {"rollouts": 98_765_432, "steps": 123_456_789, "steps_per_rollout": 12.3, "words_per_step": 123.4}
+        shares = dict.fromkeys(
+            ("error_step_share", "mean_mc", "mixed_share", "all_wrong_share", "mean_group_size"), 0.5
+        )
+        compared = {rule: numbers | shares for rule in ("full data", *STEP_RULES)}
+        table = large(report if large is report_table else compared)
+        print_table(
+            [
+                [str(cell)[:18] if number == 0 and large is report_table else cell for number, cell in enumerate(row)]
+                for row in table
+            ]
+        )
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 def test_the_predicate_filters_datasets_in_every_form(tmp_path):

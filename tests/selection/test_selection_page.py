@@ -116,6 +116,12 @@ def test_page_tells_what_the_report_tells(tmp_path, rule):
     assert page.tags.count("article") == 20 and "10 kept" in page.text and "10 dropped" in page.text
 
 
+def test_page_names_inputs_without_their_folders(tmp_path):
+    text, report = make_page(tmp_path)
+    assert report["inputs"] == [str(tmp_path / "in")]
+    assert str(tmp_path) not in text and "From in. What was read" in Page(text).text
+
+
 def test_page_of_one_cut_for_the_whole_corpus(tmp_path):
     text, report = make_page(tmp_path, "--by", "corpus", "--fraction", "0.25")
     page = Page(text)

@@ -19,6 +19,7 @@ from trl_mprm import load_rollouts
 from trl_mprm.cli import main
 from trl_mprm.selection.dataset_card import dataset_card
 from trl_mprm.selection.files import select_files
+from trl_mprm.selection.report import find_report
 
 
 TOKEN = "hf_" + "secret" * 5
@@ -151,6 +152,30 @@ def test_push_to_hub(corpus, tmp_path):
     ):
         assert words in card, words
     assert json.loads(files["selection.json"])["inputs"] == ["raw"]
+
+
+def test_a_name_that_the_hub_does_not_take_is_told_before_anything_is_read(tmp_path, capsys):
+    argv = ["select", str(tmp_path / "not there"), "--output", str(tmp_path / "out"), "--push-to-hub"]
+    for name in ("a/b/c", "you/kept rollouts", "../kept", ""):
+        assert main([*argv, name]) == 2
+        error = capsys.readouterr().err
+        assert (
+            error.count("\n") == 1 and f"expected the name of a dataset on the Hub, as you/kept, got {name!r}" in error
+        )
+
+
+def test_an_offline_push_keeps_the_rows_and_says_what_to_do(corpus, tmp_path):
+    code = "import sys; from trl_mprm.cli import main; sys.exit(main(sys.argv[1:]))"
+    argv = [sys.executable, "-c", code, "select", corpus, "--output", tmp_path / "kept.jsonl", "--fraction", "0.5"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([*argv, "--push-to-hub", "you/kept"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: dataset you/kept was not published (OfflineModeIsEnabled: ")
+    assert f"The kept rollouts are in {tmp_path / 'kept.jsonl'}" in last and last.endswith(
+        "run the same command again"
+    )
+    assert find_report(tmp_path / "kept.jsonl", 6)[0] is not None
 
 
 def test_card_of_a_dataset_of_the_hub(corpus, tmp_path):

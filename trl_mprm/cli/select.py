@@ -6,7 +6,11 @@ from tabulate import tabulate
 
 from ..selection.bis import ALPHA
 from ..selection.rules import RULES
+from ..text import plain
 from .arguments import ShowDefaults, print_table
+
+
+MAX_NAME = 18  # of a source in the table, which then fits 100 columns
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -64,7 +68,8 @@ def select(args: argparse.Namespace) -> int:
         engine=args.engine,
         page=args.report,
     )
-    print_table(report_table(report))
+    header, *rows = report_table(report)
+    print_table([header, *([_short(row[0]), *row[1:]] for row in rows)])
     print(f"\nkept rollouts: {args.output}\nevidence: {report_path(args.output, args.save_to_disk)}")
     for reason, count in report["total"]["refused"].items():
         print(f"refused: {count} {reason} (see {refused_path(args.output, args.save_to_disk)})")
@@ -73,6 +78,11 @@ def select(args: argparse.Namespace) -> int:
     if args.push_to_hub:
         print(f"published: dataset {args.push_to_hub}")
     return 0
+
+
+def _short(name: str) -> str:
+    name = " ".join(plain(name).split())
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ In, annotated rollouts, as [`~trl_mprm.load_rollouts`] takes them. Out, for full
 own corpus and its fraction of 25%:
 
     {"rollouts": 565096, "steps": 3174394, "steps_per_rollout": 5.62, "words_per_step": 27.8, "error_step_share": 0.0357,
-     "mean_mc": 0.8566, "mixed_share": 0.0767, "mean_group_size": ...}
+     "mean_mc": 0.8566, "mixed_share": 0.0767, "all_wrong_share": ..., "mean_group_size": ...}
 
 The corpus is read once, a few bytes a rollout are remembered, and every rule cuts these. No text is kept.
 """
@@ -24,16 +24,17 @@ from .summary import Scores, Summary, merge, reason_of_kinds, summarize
 from .threshold import Cut, find_cut, kept_rows, settle
 
 
-# The rows of the paper's Table 1 and one more: what they are in `compare_rules`, and how they are printed.
+# The rows of the paper's Table 1 and two more: what they are in `compare_rules`, and how they are printed.
 METRICS = {
     "rollouts": ("rollouts", ","),
     "reasoning steps": ("steps", ","),
-    "steps a rollout": ("steps_per_rollout", ".2f"),
-    "words a step": ("words_per_step", ".1f"),
+    "steps per rollout": ("steps_per_rollout", ".2f"),
+    "words per step": ("words_per_step", ".1f"),
     "error-step ratio": ("error_step_share", ".2%"),
-    "mean MC score a step": ("mean_mc", ".4f"),
+    "mean MC score per step": ("mean_mc", ".4f"),
     "mixed rollouts": ("mixed_share", ".2%"),
-    "rollouts a group": ("mean_group_size", ".2f"),
+    "all-wrong rollouts": ("all_wrong_share", ".2%"),
+    "rollouts per group": ("mean_group_size", ".2f"),
 }
 
 
@@ -57,8 +58,8 @@ def compare_rules(
     Returns:
         `dict`: `full data` and the names of the rules to what [`comparison_table`] shows: `rollouts`, `steps` (measured
         ones), `steps_per_rollout`, `words_per_step`, `error_step_share` (steps with a Monte Carlo score of 0), `mean_mc`
-        (of a step), `mixed_share` (rollouts with good and bad steps), `mean_group_size` (rollouts that share an image
-        and a question).
+        (of a step), `mixed_share` (rollouts with good and bad steps), `all_wrong_share` (rollouts without a positive
+        step), `mean_group_size` (rollouts that share an image and a question).
 
     Examples:
     ```python
@@ -114,5 +115,6 @@ def _describe(summary: Summary, cut: Cut, words: int) -> dict:
         "steps": steps,
         "steps_per_rollout": steps / rollouts,
         "words_per_step": words / steps,
+        "all_wrong_share": numbers.pop("all_wrong") / rollouts,
     }
     return counts | numbers

@@ -7,6 +7,7 @@ from shlex import join
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..data.hub import is_hub_id
+from .report import all_wrong_warning
 from .rules import rule_of_report
 
 
@@ -56,6 +57,7 @@ def dataset_card(repo_id: str, report: dict, license: str | None = None) -> Data
         rule=entry.words,
         stratum="the whole corpus" if report["by"] == "corpus" else "each source",
         shares=SHARES,
+        warning=all_wrong_warning(report),
         dataset_ids=[_with_revision(item, report.get("input_revisions", {}).get(item)) for item in hub_ids],
         version=version("trl-mprm"),
         command=join([*words, "--output", "kept"]),

@@ -5,6 +5,7 @@ A rule is a score for each rollout; the cut is the same for all: `max(1, int(m *
 of a source, or of the whole corpus, the highest scores first.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -15,10 +16,13 @@ from datasets import Dataset, IterableDataset
 
 from .bis import ALPHA, step_scores, step_sums
 from .passes import group_hash
-from .report import SELECTION_VERSION, build_report
+from .report import SELECTION_VERSION, all_wrong_warning, build_report
 from .rules import CutSpec
 from .summary import KIND, REASONS, UNKNOWN, Scores, summarize
 from .threshold import find_cut, kept_rows, settle, tie_counts
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ def select(
     kept = tuple(ids[row] for row in rows)
     revision = xxhash.xxh3_128_hexdigest("\n".join(kept).encode())
     report = build_report(cut, summary, summarize(scores, rows)) | {"revision": revision}
+    if warning := all_wrong_warning(report):
+        logger.warning(warning)
     return Selection(kept, tuple(rows.tolist()), report)
 
 

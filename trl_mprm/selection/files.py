@@ -8,7 +8,7 @@ from ..data.shards import Paths, plan_shards
 from ..data.splits import local_inputs
 from .bis import ALPHA
 from .engine import find_engine
-from .report import build_report, describe_refused
+from .report import all_wrong_warning, build_report, describe_refused
 from .rules import CutSpec, column_to_cut_by
 from .summary import merge
 from .threshold import find_cut, settle
@@ -95,6 +95,10 @@ def select_files(
     ```
     """
     spec = CutSpec(rule, fraction=fraction, alpha=alpha, ties=ties, seed=seed, by=column_to_cut_by(by), column=column)
+    if push_to_hub is not None:
+        from . import publish
+
+        publish.check_name(push_to_hub)
     shards = plan_shards(local_inputs(inputs))
     writer = SelectionWriter(Path(output), shards, inputs, save_to_disk, image_root, page)
 
@@ -121,6 +125,8 @@ def select_files(
                 "images": "checked" if cut.check_images else "not checked",
                 "drop_answer_step": drop_answer_step,
             }
+            if warning := all_wrong_warning(report):
+                logger.warning(warning)
             text = None
             if page is not None:
                 from .page import draw_selection_report
@@ -128,5 +134,5 @@ def select_files(
                 text = draw_selection_report(report, summary, kept, cut, run)
             writer.write(report, emitted, parts, text)
             if push_to_hub is not None:
-                writer.push_to_hub(push_to_hub, report, emitted, parts, license)
+                publish.push_to_hub(writer, push_to_hub, report, emitted, parts, license)
     return report

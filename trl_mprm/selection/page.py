@@ -18,12 +18,14 @@ from math import log, log10
 import numpy as np
 
 from ..data.formats import parse, to_row
+from ..data.hub import public_name
 from ..data.rows import image_list, own_text
 from ..data.shards import Shard, lines_at
 from ..pages import colour, render_page
 from ..text import plain
 from .bis import score_of_sums
 from .engine import LocalRun
+from .report import all_wrong_warning
 from .rules import rule_of_report
 from .summary import Scores, Summary, reason_of_kinds
 from .threshold import Cut, kept_rows
@@ -105,6 +107,8 @@ def render_selection_report(
         report=report,
         rule=rule_of_report(report),
         total=report["total"],
+        inputs=[public_name(item) for item in report["inputs"]],
+        warning=all_wrong_warning(report),
         alpha=alpha,
         histogram=_bis_histogram(*columns, alpha),
         cells=_mixture_cells(*columns),

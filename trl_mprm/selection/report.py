@@ -15,6 +15,14 @@ from .summary import REASONS, UNKNOWN, Summary, reason_of_kinds
 from .threshold import Cut
 
 
+SELECTION_VERSION = "3"
+
+FACTS = ("all_wrong", "mixed_share", "error_step_share", "mean_mc", "mean_group_size")
+
+# Above this share of kept rows without a positive step, a selection warns.
+MANY_ALL_WRONG = 0.1
+
+
 # ---- evidence
 
 
@@ -50,8 +58,9 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
     The usable rows of a summary in numbers: all, or those of one source.
 
     Returns:
-        `dict`: `n` rows, their `n_steps`, and (None where there is nothing to divide) `mixed_share`,
-        `error_step_share`, `mean_mc`, and `mean_group_size`, the rows that share an image and a question.
+        `dict`: `n` rows, their `n_steps`, and (None where there is nothing to count or divide) `all_wrong`, the rows
+        without a positive step, `mixed_share`, `error_step_share`, `mean_mc`, and `mean_group_size`, the rows that share
+        an image and a question.
     """
     kinds, count = summary.kinds, summary.count
     if source is not None:  # sources are sorted, and so are kinds, by source first
@@ -62,10 +71,9 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
     kinds, count = kinds[rows], count[rows].astype(np.int64)
     n_steps, n_pos = kinds["n_steps"].astype(np.int64), kinds["n_pos"].astype(np.int64)
     n, steps = int(count.sum()), int((count * n_steps).sum())
-    numbers = {"n": n, "n_steps": steps} | dict.fromkeys(
-        ("mixed_share", "error_step_share", "mean_mc", "mean_group_size")
-    )
+    numbers = {"n": n, "n_steps": steps} | dict.fromkeys(FACTS)
     if n and not (kinds["mc_sum"] == UNKNOWN).any():
+        numbers["all_wrong"] = int(count[n_pos == 0].sum())
         numbers["mixed_share"] = int(count[(n_pos > 0) & (n_pos < n_steps)].sum()) / n
         numbers["error_step_share"] = 1 - int((count * n_pos).sum()) / max(steps, 1)
         numbers["mean_mc"] = math.fsum(count * kinds["mc_sum"]) / max(steps, 1)  # exact, so in any order
@@ -76,18 +84,27 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
     return numbers
 
 
-SELECTION_VERSION = "3"
-
-SHARES = ("mixed_share", "error_step_share", "mean_mc", "mean_group_size")
+def all_wrong_warning(report: dict) -> str | None:
+    """One line where many of the kept rows have no positive step; None where few have none."""
+    n, kept = report["total"]["all_wrong"], report["total"]["kept"]
+    if n is None or n <= MANY_ALL_WRONG * kept:
+        return None
+    return (
+        f"{n:,} of {kept:,} kept rollouts ({n / kept:.0%}) have no positive step: the paper sets R = 1 for these, so that "
+        "they tie with the perfect ones at alpha; a smaller fraction, or the rule mixed, keeps fewer"
+    )
 
 
 def report_table(report: dict) -> list[list]:
-    """The report of a selection as rows of a table, the header first, `total` last."""
-    names = ["read", "refused", "valid", "kept", "cut_score", "ties_at_cut", "ties_kept"]
-    table = [["source", *names, *SHARES]]
+    """
+    The report of a selection as rows of a table, the header first, `total` last: what fits a terminal of 100 columns.
+    The report has more.
+    """
+    table = [["source", "read", "refused", "valid", "kept", "cut", "mixed", "errors", "all wrong"]]
     for source, row in [*report["sources"].items(), ("total", report["total"])]:
-        row = row | {"refused": sum(row["refused"].values())}
-        table.append([source, *(row[name] for name in names), *(row[name] for name in SHARES)])
+        shares = [None if row[name] is None else f"{row[name]:.1%}" for name in ("mixed_share", "error_step_share")]
+        counts = [row["read"], sum(row["refused"].values()), row["valid"], row["kept"]]
+        table.append([source, *counts, row["cut_score"], *shares, row["all_wrong"]])
     return table
 
 
@@ -120,8 +137,8 @@ def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
             "cut_score": float(cut.cut_score[cut.stratum[at]][0]) if valid and (source is not None or whole) else None,
             "ties_at_cut": int(ties[at].sum()),
             "ties_kept": int(ties_kept[at].sum()),
-            **{name: after[name] for name in SHARES},
-            "before": {name: before[name] for name in SHARES},
+            **{name: after[name] for name in FACTS},
+            "before": {name: before[name] for name in FACTS},
         }
     total = rows.pop(None)
     _check_quotas(cut, [row["valid"] for row in rows.values()], [row["kept"] for row in rows.values()])

@@ -28,7 +28,6 @@ import xxhash
 
 from ..data.evidence import content_hash, is_refused_file, read_report, refused_path, report_path
 from ..data.formats import READ_KEYS, parse, to_row
-from ..data.hub import is_hub_id
 from ..data.images import ImageFinder, find_images
 from ..data.rows import is_unicode, own_text
 from ..data.shards import Paths, Shard
@@ -41,8 +40,6 @@ if TYPE_CHECKING:  # `datasets` takes longer to import than a small selection ta
 
 
 logger = logging.getLogger(__name__)
-
-PARQUET_BYTES = 2**29  # of a file on the Hub
 
 OTHER_FORMS = (".gz", ".zst", ".zip", ".json", ".csv", ".arrow")  # no names for a folder
 
@@ -137,8 +134,8 @@ class SelectionWriter:
             ready.mkdir()
             if self.output.suffix == ".parquet":
                 report["revision"] = self._revision(parts)
-                self._write_parquet(ready / self.output.name, self._rows(emitted, parts, report, resolve=False))
-                report["output"] = _hashes([ready / self.output.name])
+                self._write_parquet(ready / self.output.name, self.rows(emitted, parts, report, resolve=False))
+                report["output"] = hashes([ready / self.output.name])
             else:
                 self._write_lines(ready, report, emitted, parts)
             self._write_evidence(ready / self.report.name, ready / self.refused.name, report, parts)
@@ -187,8 +184,8 @@ class SelectionWriter:
 
         from ..data.rollouts import chunks
 
-        rows, table = self._rows(emitted, parts, report, resolve=True), parts / "rows.arrow"
-        schema = self._features(rows()).arrow_schema
+        rows, table = self.rows(emitted, parts, report, resolve=True), parts / "rows.arrow"
+        schema = self.features(rows()).arrow_schema
         with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for chunk in chunks(rows(), 1000):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
@@ -198,7 +195,7 @@ class SelectionWriter:
         kept = Dataset(MemoryMappedTable.from_file(str(table)), info=info, fingerprint=name)
         kept.save_to_disk(parts / "dataset")
         report["revision"] = self._revision(parts)
-        report["output"] = _hashes(sorted((parts / "dataset").glob("*.arrow")))
+        report["output"] = hashes(sorted((parts / "dataset").glob("*.arrow")))
         self._write_evidence(
             parts / "dataset" / self.report.name, parts / "dataset" / self.refused.name, report, parts
         )
@@ -211,67 +208,24 @@ class SelectionWriter:
 
         from ..data.rollouts import chunks
 
-        schema = self._features(rows()).arrow_schema
+        schema = self.features(rows()).arrow_schema
         with pq.ParquetWriter(target, schema) as writer:
             for chunk in chunks(rows(), 1000):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
 
-    def push_to_hub(
-        self, repo_id: str, report: dict, emitted: list[KeptRows], parts: Path, license: str | None = None
-    ) -> None:
-        """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
-        import pyarrow.parquet as pq
-        from datasets.table import embed_table_storage
-        from huggingface_hub import HfApi
-
-        from ..data.rollouts import chunks
-        from .dataset_card import dataset_card
-
-        rows, folder = self._rows(emitted, parts, report, resolve=True), parts / "hub"
-        schema = self._features(rows()).arrow_schema
-        (folder / "data").mkdir(parents=True)
-        files, writer = [], None
-        for chunk in chunks(rows(), 100):
-            if writer is None:
-                files.append(folder / "data" / f"{len(files)}.parquet")
-                writer = pq.ParquetWriter(files[-1], schema)
-            writer.write_table(embed_table_storage(pa.Table.from_pylist(chunk, schema=schema)))
-            if files[-1].stat().st_size > PARQUET_BYTES:
-                writer.close()
-                writer = None
-        if writer is not None:
-            writer.close()
-        for number, file in enumerate(files):
-            files[number] = file.rename(folder / "data" / f"train-{number:05d}-of-{len(files):05d}.parquet")
-        api = HfApi()
-        infos = {item: api.dataset_info(item) for item in self.inputs if is_hub_id(item)}
-        public = report | {
-            "inputs": [item if item in infos else Path(item).name for item in self.inputs],
-            "input_revisions": {item: info.sha for item, info in infos.items()},
-            "output": {f"data/{name}": facts for name, facts in _hashes(files).items()},
-        }
-        licenses = {info.card_data and info.card_data.license for info in infos.values()} - {None}
-        write_json(public, folder / "selection.json")
-        card = dataset_card(repo_id, public, license or (licenses.pop() if len(licenses) == 1 else None))
-        card.save(folder / "README.md")
-        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
-        api.upload_folder(
-            folder_path=folder, repo_id=repo_id, repo_type="dataset", commit_message="Rollouts of trl-mprm select"
-        )
-
-    def _rows(self, emitted: list[KeptRows], parts: Path, report: dict, resolve: bool) -> Callable[[], Iterator[dict]]:
+    def rows(self, emitted: list[KeptRows], parts: Path, report: dict, resolve: bool) -> Callable[[], Iterator[dict]]:
         """Kept records in the row type, as often as they are asked for. `resolve`: image paths become real paths."""
         check = resolve and report["images"] == "checked"
         return partial(self._read_rows, emitted, parts, report["drop_answer_step"], check)
 
     def _read_rows(self, emitted: list[KeptRows], parts: Path, drop_answer_step: bool, check: bool) -> Iterator[dict]:
         finders: dict[object, ImageFinder] = {}
-        for shard, part in zip(self.shards, emitted, strict=True):
+        for shard, given in zip(self.shards, emitted, strict=True):
             root = Path(shard.file).parent if self.image_root is None else self.image_root
             finder = finders.setdefault(root, ImageFinder(root, check))
-            sources = (source for source, n_rows in part.runs for _ in range(n_rows))
+            sources = (source for source, n_rows in given.runs for _ in range(n_rows))
             with open(parts / f"{shard.index}.kept", "rb") as lines:
-                for line, number, source in zip(lines, part.lines.tolist(), sources, strict=True):
+                for line, number, source in zip(lines, given.lines.tolist(), sources, strict=True):
                     record = parse(line)
                     own = {
                         "source": source,
@@ -291,7 +245,7 @@ class SelectionWriter:
         self.escaped += 1
         return text.encode(errors="backslashreplace").decode()
 
-    def _features(self, rows: Iterator[dict]) -> "Features":
+    def features(self, rows: Iterator[dict]) -> "Features":
         from datasets import Features, Value
 
         from ..data.rollouts import FEATURES
@@ -347,7 +301,7 @@ def _sources_of_lines(names: list[str], emitted: list[KeptRows]) -> dict[str, li
     return {name: run for name, run in runs.items() if {source for source, _ in run} != {Path(name).stem}}
 
 
-def _hashes(files: Iterable[Path]) -> dict[str, dict]:
+def hashes(files: Iterable[Path]) -> dict[str, dict]:
     return {file.name: {"xxh3_128": content_hash(file)[0]} for file in files}
 
 
