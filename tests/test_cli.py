@@ -1,14 +1,20 @@
 """The commands on real files and a tiny trained model: select, train, evaluate, score; and how they fail."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import make_rows, picture
 
 import trl_mprm
-from trl_mprm import ProcessRewardModel
+from trl_mprm import ProcessRewardConfig, ProcessRewardModel
 from trl_mprm.cli import main
+from trl_mprm.cli.preflight import check_train, train_fields
+from trl_mprm.cli.train import DataArguments
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +233,87 @@ def test_bad_input_is_one_line(argv, message, trained, capsys):
     assert main(["score", trained, *argv]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
+
+
+MISTAKES = [
+    (["--learnin_rate", "1"], "--learnin_rate: no such field, did you mean learning_rate?"),
+    (["--loss-tpye=soft"], "--loss-tpye: no such field, did you mean loss_type?"),
+    (["--no_bf17"], "--no_bf17: no such field, did you mean bf16?"),
+    (["--config", "typo.yaml"], "typo.yaml: lora_rr: no such field, did you mean lora_r?"),
+    (["--config", "broken.yaml"], "broken.yaml is no YAML: "),
+    (["--config", "list.yaml"], "list.yaml holds list, expected a YAML mapping of fields to values"),
+    (["--config", "none.yaml"], "--config none.yaml: no such file"),
+    ([], "no model to train: set model_name_or_path"),
+    (["--model_name_or_path", "org/name"], "no rollouts to train on: set dataset_name"),
+    (["--config", "good.yaml", "--dataset_name", "./none"], "dataset_name: no such file or folder: ./none"),
+    (
+        ["--config", "good.yaml", "--model_name_or_path", "/none/x"],
+        "model_name_or_path: no such file or folder: /none/x",
+    ),
+    (["--config", "good.yaml", "--image_root", "pictures"], "image_root: no such file or folder: pictures"),
+    (["--config", "good.yaml", "--report_to", "mlflow"], "report_to: mlflow is not installed: install it, or set"),
+    (["--config", "good.yaml", "--resume_from_checkpoint", "none"], "resume_from_checkpoint: no folder none"),
+    (["--config", "good.yaml", "--alpha", "0.1"], "alpha belongs to a selection: set rule (as bis) or fraction"),
+]
+
+
+def test_a_mistake_is_told_in_one_line_before_torch_is_imported(tmp_path):
+    files = {
+        "typo": "lora_rr: 8",
+        "broken": "a: [1\nb: 2",
+        "list": "- a",
+        "good": "model_name_or_path: org/name\ndataset_name: org/rows",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    script = (
+        "import json, sys\nfrom trl_mprm.cli import main\n"
+        "for argv in json.loads(sys.argv[1]):\n    assert main(['train', *argv]) == 2\n"
+        "assert not {'torch', 'transformers', 'trl', 'datasets'} & sys.modules.keys()"
+    )
+    argvs = json.dumps([argv for argv, _ in MISTAKES])
+    path = os.pathsep.join([str(Path(trl_mprm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", script, argvs],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stderr.splitlines()
+    assert len(lines) == len(MISTAKES)
+    for line, (_, message) in zip(lines, MISTAKES, strict=True):
+        assert line.startswith(f"error: {message}")
+
+
+def test_the_fields_of_a_training_are_those_of_its_classes():
+    from trl import ModelConfig
+
+    classes = (DataArguments, ProcessRewardConfig, ModelConfig)
+    assert train_fields() == {field.name for one in classes for field in dataclasses.fields(one) if field.init}
+    good = [
+        "--no_bf16",
+        "--learning-rate=1e-3",
+        "--dataset_name",
+        "org/rows",
+        "--model_name",
+        "org/name",
+        "--fraction",
+        "1",
+    ]
+    assert check_train(good)["learning_rate"] == "1e-3" and check_train(good)["model_name_or_path"] == "org/name"
+
+
+def test_fraction_alone_selects_by_bis_and_the_log_says_what_was_kept(rollouts, tiny_folders, tmp_path, capsys):
+    argv = {"dataset_name": rollouts, "image_root": rollouts, "model_name_or_path": tiny_folders["qwen2_5_vl"]}
+    argv |= {"output_dir": tmp_path, "max_steps": 1, "report_to": "none", "use_cpu": True, "fraction": 0.25}
+    argv |= {"push_to_hub": True, "hub_model_id": "org/name", "save_strategy": "no"}
+    assert main(["train", *(word for name, value in argv.items() for word in (f"--{name}", str(value)))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "rollouts: bis kept 6 of 24 rows of 2 sources" in lines
+    assert lines[-1].endswith(f"when it can: hf upload org/name {tmp_path} . --exclude 'checkpoint-*'")
+    assert "rule `bis`, fraction 0.25" in (tmp_path / "README.md").read_text()
 
 
 def test_a_folder_that_is_missing_and_no_hub(tmp_path, capsys):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import print_table
+from .preflight import check_train
 
 
 logger = logging.getLogger(__name__)
@@ -21,9 +22,10 @@ class DataArguments:
         image_root (`str`, *optional*):
             Folder of the images.
         rule (`str`, *optional*):
-            Train on what this rule keeps: `bis`, `random`, `mixed`, `reliable` or `low_mc`. Defaults to all rollouts.
-        fraction (`float`, *optional*, defaults to `0.1`):
-            Share kept of each source.
+            Train on what this rule keeps: `bis`, `random`, `mixed`, `reliable` or `low_mc`. Defaults to all rollouts, or
+            to `bis` where `fraction` is given.
+        fraction (`float`, *optional*):
+            Share kept of each source. Defaults to 0.1 where `rule` is given.
         alpha (`float`, *optional*, defaults to `0.2`):
             Alpha of BIS.
         ties (`str`, *optional*, defaults to `"first"`):
@@ -35,7 +37,9 @@ class DataArguments:
     dataset_name: str = field(metadata={"help": "Folder, JSONL file or Hub id of annotated rollouts."})
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images."})
     rule: str | None = field(default=None, metadata={"help": "Train on what this rule keeps; default: everything."})
-    fraction: float = field(default=0.1, metadata={"help": "Share kept of each source."})
+    fraction: float | None = field(
+        default=None, metadata={"help": "Share kept of each source; default: 0.1 with a rule. Alone, it is by bis."}
+    )
     alpha: float = field(default=0.2, metadata={"help": "Alpha of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%."})
     ties: str = field(default="first", metadata={"help": "`first` in the file, or by `hash`."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Rollouts to evaluate on in training."})
@@ -48,6 +52,15 @@ SMOKE = (
 
 
 def train(argv: list[str]) -> int:
+    if "--help" not in argv and "-h" not in argv:
+        check_train(argv)
+    if "--smoke" in argv:
+        return _smoke([word for word in argv if word != "--smoke"])
+    return _train(argv)
+
+
+def _train(argv: list[str], smoke: bool = False) -> int:
+    from accelerate import PartialState
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
     from ..data.hub import hub_snapshot, is_hub_id
@@ -57,25 +70,24 @@ def train(argv: list[str]) -> int:
     from ..training.config import ProcessRewardConfig
     from ..training.trainer import ProcessRewardTrainer
 
-    if "--smoke" in argv:
-        return _smoke([word for word in argv if word != "--smoke"])
     parser = TrlParser((DataArguments, ProcessRewardConfig, ModelConfig), prog="trl-mprm train")
     parser.add_argument("--smoke", action="store_true", help=SMOKE)
     data, args, model, _ = parser.parse_args_and_config(argv)
-    if model.model_name_or_path is None:
-        raise ValueError("no model to train: set model_name_or_path to a Hub id or folder")
     rollouts = load_rollouts(data.dataset_name, image_root=data.image_root)
     on_hub = is_hub_id(data.dataset_name)
     subset = hub_snapshot(data.dataset_name, "selection.json") if on_hub else Path(data.dataset_name)
-    if data.rule is not None:
+    if data.rule is not None or data.fraction is not None:
+        rule, fraction = data.rule or "bis", 0.1 if data.fraction is None else data.fraction
         selection = select_rollouts(
-            rollouts, data.rule, fraction=data.fraction, alpha=data.alpha, ties=data.ties, seed=args.seed
+            rollouts, rule, fraction=fraction, alpha=data.alpha, ties=data.ties, seed=args.seed
         )
         rollouts, report = rollouts.select(selection.indices), selection.report
     else:
         report, why = find_report(data.dataset_name, len(rollouts))
         if report is None:
             logger.info("the card tells of no selection: %s", why)
+    if PartialState().is_main_process:
+        print(_what_was_kept(report, len(rollouts)))
     args.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -97,15 +109,26 @@ def train(argv: list[str]) -> int:
         trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card(dataset_name=data.dataset_name, dataset_revision=subset.name if on_hub else None)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    pushed = trainer.push_to_hub() if args.push_to_hub else None
     if trainer.is_world_process_zero():
         history = trainer.state.log_history
         keys = ("train_loss", "train_runtime", "eval_loss", "eval_auc", "eval_macro_f1_pooled")
         rows = [[key, entry[key]] for key in keys for entry in history[-2:] if key in entry]
         print_table([["", "last"], ["rollouts", len(rollouts)], ["optimizer steps", trainer.state.global_step], *rows])
-        print(f"\nmodel and card: {args.output_dir}")
+        if not smoke:
+            print(f"\nmodel and card: {args.output_dir}")
+        if args.push_to_hub and not pushed:
+            upload = f"hf upload {trainer.hub_model_id} {args.output_dir} . --exclude 'checkpoint-*'"
+            print(f"not published, the Hub cannot be reached; when it can: {upload}")
     return 0
+
+
+def _what_was_kept(report: dict | None, n_rows: int) -> str:
+    if report is None:
+        return f"rollouts: all {n_rows:,}, no selection"
+    total, n = report["total"], len(report["sources"])
+    sources = f"{n} source{'s' * (n != 1)}"
+    return f"rollouts: {report['rule']} kept {total['kept']:,} of {total['read']:,} rows of {sources}"
 
 
 def _smoke(argv: list[str]) -> int:
@@ -115,7 +138,7 @@ def _smoke(argv: list[str]) -> int:
 
     with TemporaryDirectory(prefix="trl-mprm-smoke-") as folder:
         argv, told = cut_down(argv, Path(folder))
-        train(argv)
+        _train(argv, smoke=True)
     print_table([["smoke", "the recipe", "here"], *told])
     print("\nThe recipe runs; what it wrote is deleted again. That its fields fit together is all this shows:")
     print("nothing of memory, speed, F1 or the launcher.")

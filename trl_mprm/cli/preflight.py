@@ -1,0 +1,178 @@
+"""
+What a training is asked to do, checked before torch is imported: a typo is told at once, not after the imports.
+
+    trl-mprm train --learnin_rate 1e-5
+    error: --learnin_rate: no such field, did you mean learning_rate?
+
+The fields are read off the source of their classes, without running it: those of the libraries that are installed.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+# Fields of `trl-mprm train`: file in its package, class.
+CLASSES = (
+    ("trl_mprm", "cli/train.py", "DataArguments"),
+    ("trl_mprm", "training/config.py", "ProcessRewardConfig"),
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/model_config.py", "ModelConfig"),
+)
+
+# Trackers whose module is called as they are, but these.
+MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "comet_ml": ("comet_ml",), "azure_ml": ("azureml",)}
+
+
+@functools.cache
+def train_fields() -> frozenset[str]:
+    """
+    Names of all fields that a training has; none where a class is no longer in its file, and nothing is checked.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.cli.preflight import train_fields
+    >>> sorted(train_fields() & {"dataset_name", "loss_type", "learning_rate", "lora_r", "learning_rat"})
+    ['dataset_name', 'learning_rate', 'lora_r', 'loss_type']
+
+    ```
+    """
+    names: set[str] = set()
+    for package, file, name in CLASSES:
+        path = Path(importlib.util.find_spec(package).origin).parent / file
+        body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+        found = [node for node in body if isinstance(node, ast.ClassDef) and node.name == name]
+        if not found:
+            return frozenset()
+        names |= {
+            node.target.id
+            for node in found[0].body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_argument(node)
+        }
+    return frozenset(names)
+
+
+def _is_argument(node: ast.AnnAssign) -> bool:
+    """Whether a field of a dataclass is one of its arguments: no class variable, and not `init=False`."""
+    if "ClassVar" in ast.unparse(node.annotation):
+        return False
+    keywords = node.value.keywords if isinstance(node.value, ast.Call) else []
+    return not any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
+
+
+def check_train(argv: list[str]) -> dict[str, Any]:
+    """
+    Check the arguments of `trl-mprm train`, as far as that goes without torch.
+
+    Returns:
+        `dict`: the fields that are set, on the command line (as text) or in the YAML file.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`, `ImportError`: in one line, what is wrong first.
+    """
+    flags = _flags(argv)
+    config = flags.pop("config", None)
+    given = {**_recipe(config), **flags}
+    if not given.get("model_name_or_path"):
+        raise ValueError("no model to train: set model_name_or_path to a Hub id or folder")
+    if not given.get("rule") and "fraction" not in given:
+        for name in ("alpha", "ties"):
+            if name in given:
+                raise ValueError(f"{name} belongs to a selection: set rule (as bis) or fraction with it")
+    if "smoke" not in given:  # a smoke run has stand-ins for all of these
+        _check_here(given)
+    return given
+
+
+def _check_here(given: dict[str, Any]) -> None:
+    if not given.get("dataset_name"):
+        raise ValueError("no rollouts to train on: set dataset_name to a folder, file or Hub id")
+    for name in ("dataset_name", "eval_dataset_name", "model_name_or_path", "image_root"):
+        _check_path(name, given.get(name))
+    resume = given.get("resume_from_checkpoint")
+    if isinstance(resume, str) and resume not in ("true", "True") and not Path(resume).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: no folder {resume}, expected one, or true for the last one")
+    trackers = given.get("report_to")
+    for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
+        _check_tracker(tracker)
+
+
+def _flags(argv: list[str]) -> dict[str, Any]:
+    """The fields on the command line. Their spelling is checked: `--a_b`, `--a-b`, `--no_a`, or a unique beginning."""
+    known = train_fields()
+    fields = known | {"config", "smoke", "help"}
+    given: dict[str, Any] = {}
+    unknown = []
+    name = None
+    for word in argv:
+        if not word.startswith("--"):
+            if name is not None:
+                given[name] = word if given[name] is True else given[name]
+            continue
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        name = name if name in fields else name.removeprefix("no_")
+        if name not in fields and len(longer := [field for field in fields if field.startswith(name)]) == 1:
+            (name,) = longer
+        if name in fields or not known:
+            given[name] = value if equals else True
+        else:
+            unknown.append(f"--{flag}")
+            name = None
+    if unknown:
+        raise ValueError(_no_such_field("", unknown))
+    return given
+
+
+def _recipe(path: str | None) -> dict[str, Any]:
+    """The fields in a YAML file."""
+    if path is None:
+        return {}
+    if path is True:
+        raise ValueError("--config stands alone, expected the path of a YAML file behind it")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config {path}: no such file, expected a YAML file of fields")
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds {type(recipe).__name__}, expected a YAML mapping of fields to values")
+    unknown = [str(key) for key in recipe if key not in train_fields() | {"env"}]
+    if unknown and train_fields():
+        raise ValueError(_no_such_field(f"{path}: ", unknown))
+    return recipe
+
+
+def _no_such_field(where: str, unknown: list[str]) -> str:
+    told = []
+    for name in unknown:
+        plain = name.lstrip("-").replace("-", "_")
+        near = [
+            match
+            for word in (plain, plain.removeprefix("no_"))
+            for match in difflib.get_close_matches(word, train_fields(), n=1)
+        ]
+        told.append(f"{name}: no such field" + (f", did you mean {near[0]}?" if near else ""))
+    return where + "; ".join(told) + " (`trl-mprm train --help` lists all)" * (not told[-1].endswith("?"))
+
+
+def _check_path(name: str, value: Any) -> None:
+    """A path must exist. What looks like a Hub id is left to the Hub."""
+    if not isinstance(value, str) or os.path.exists(value):
+        return
+    looks_local = value.startswith(("/", "./", "../", "~")) or value.count("/") > 1
+    if name == "image_root" or looks_local or (name != "model_name_or_path" and "/" not in value):
+        raise FileNotFoundError(f"{name}: no such file or folder: {value}")
+
+
+def _check_tracker(name: str) -> None:
+    modules = MODULES.get(name, (name,))
+    if name not in ("none", "all") and not any(importlib.util.find_spec(module) for module in modules):
+        raise ImportError(f"report_to: {name} is not installed: install it, or set report_to to none")
