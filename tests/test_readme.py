@@ -45,14 +45,23 @@ def test_the_tree_names_every_wing_and_only_files_that_exist():
     assert named | {"templates"} == top  # templates belong to the pages and cards
 
 
-def test_contributing_names_files_that_exist():
+def test_pages_name_files_that_exist():
+    pages = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob(".github/*.md"),
+        *ROOT.glob("recipes/**/*.md"),
+        *ROOT.glob("model_cards/README.md"),
+    ]
+    assert len(pages) >= 9
+    for page in pages:
+        text = page.read_text()
+        for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
+            assert (page.parent / link).exists(), f"{page} links to {link}"
+        for name in re.findall(r"`((?:tests|trl_mprm|recipes)/[\w./-]+)`", text):
+            assert (ROOT / name).exists(), f"{page} names {name}"
     page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
-    linked, named = re.findall(r"\]\(\.\./([^)]*)\)", page), re.findall(r"`(tests/[\w/.]+|[\w/]+\.py)`", page)
-    assert linked and named
-    for path in linked:
-        assert (ROOT / path).exists(), path
-    for path in named:
-        assert (ROOT / path).exists() or (ROOT / "trl_mprm" / path).exists(), path
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page):
+        assert any((ROOT / part / name).exists() for part in ("", "trl_mprm")), f"CONTRIBUTING names {name}"
 
 
 def test_the_study_is_quoted_as_its_table_says():

@@ -109,7 +109,7 @@ class Study:
         return interval([100 * (mine[seed][name] - theirs[seed][name]) for seed in both]) if both else None
 
 
-def settled(difference: dict) -> int:
+def significant(difference: dict) -> int:
     """1 or -1 where the 95% interval leaves out 0, else 0."""
     if difference["low"] is None:
         return 0
@@ -117,11 +117,11 @@ def settled(difference: dict) -> int:
 
 
 def verdict(difference: dict, expected: int) -> str:
-    """What our interval says of a claim; `expected` 0 claims that there is no difference."""
-    found = settled(difference)
+    """Whether our interval bears out a claim; `expected` 0 claims that there is no difference."""
+    found = significant(difference)
     if expected == 0:
-        return {1: "better than that", -1: "no", 0: "not settled"}[found]
-    return "yes" if found == expected else "not settled" if found == 0 else "the opposite"
+        return {1: "better than that", -1: "no", 0: "inconclusive"}[found]
+    return "yes" if found == expected else "inconclusive" if found == 0 else "the opposite"
 
 
 def points(difference: dict | None) -> str:

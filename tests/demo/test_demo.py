@@ -219,7 +219,7 @@ def run(subset, seed, f1):
 
 
 @pytest.mark.parametrize(
-    "bis, answer", [((0.70, 0.71, 0.72), "ahead"), ((0.60, 0.73, 0.66), "not settled"), ((0.5, 0.5, 0.5), "behind")]
+    "bis, answer", [((0.70, 0.71, 0.72), "ahead"), ((0.60, 0.73, 0.66), "inconclusive"), ((0.5, 0.5, 0.5), "behind")]
 )
 def test_verdict_follows_the_paired_interval(bis, answer):
     runs = [run("bis10", seed, value) for seed, value in enumerate(bis)]

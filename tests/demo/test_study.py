@@ -105,7 +105,7 @@ def test_verdicts_follow_the_interval(study):
     assert better["mean"] == pytest.approx(10.5) and better["low"] == pytest.approx(10.5 - 6.353)
     assert [verdict(better, expected) for expected in (1, -1, 0)] == ["yes", "the opposite", "better than that"]
     open_ = study_of.difference("c", "a")
-    assert [verdict(open_, expected) for expected in (1, -1, 0)] == ["not settled"] * 3
+    assert [verdict(open_, expected) for expected in (1, -1, 0)] == ["inconclusive"] * 3
 
 
 @pytest.mark.skipif(not (FOLDER / "results.json").is_file(), reason="no kept run")

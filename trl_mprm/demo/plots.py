@@ -18,7 +18,7 @@ GOOD, BAD, DULL = "#2a9d55", "#d1495b", "#b8c0c8"
 
 
 def draw_results(results: dict, path: Path) -> None:
-    """F1 by subset: one dot a seed, a bar at the mean."""
+    """F1 by subset: one dot per seed, a bar at the mean."""
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     subsets = list(results["summary"]["subsets"])
     for x, subset in enumerate(subsets):
@@ -27,7 +27,7 @@ def draw_results(results: dict, path: Path) -> None:
         axes.bar(x, np.mean(values), color=colour, alpha=0.3)
         axes.scatter(np.full(len(values), x) + np.linspace(-0.1, 0.1, len(values)), values, color=colour, zorder=3)
     lowest = min(100 * run["macro_f1_step_weighted"] for run in results["runs"])
-    axes.set(ylim=(lowest - 5, None), ylabel="step-weighted macro-F1", title="one dot a seed, bar = mean")
+    axes.set(ylim=(lowest - 5, None), ylabel="step-weighted macro-F1", title="one dot per seed, bar = mean")
     axes.set_xticks(range(len(subsets)), subsets)
     figure.savefig(path, dpi=150)
     plt.close(figure)

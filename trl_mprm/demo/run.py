@@ -61,7 +61,7 @@ def run_demo(
         output_dir (`str` or `Path`):
             Folder for everything; what an earlier run left there is replaced.
         quick (`bool`, *optional*, defaults to `False`):
-            One seed and a smaller corpus: shows that everything runs, settles nothing.
+            One seed and a smaller corpus: shows that everything runs, and is no evidence.
         qlora (`bool`, *optional*, defaults to `False`):
             Train LoRA adapters on the base in 4 bit (NF4).
         settings (`Settings`, *optional*):
@@ -283,10 +283,10 @@ def summarise(runs: list[dict]) -> dict:
 
 def verdict(summary: dict) -> dict:
     """
-    What the figures say, by criteria that were written before the final seeds ran.
+    Answer the two questions of the demo by criteria that were written before the final seeds ran.
 
     On the paper's metric, step-weighted macro-F1, difference paired by seed: "ahead" if the 95% interval lies above 0,
-    "behind" if below, otherwise "not settled".
+    "behind" if below, otherwise "inconclusive".
     """
     answers = {}
     for question, pair in (
@@ -299,15 +299,15 @@ def verdict(summary: dict) -> dict:
             continue
         points, low, high = (None if v is None else 100 * v for v in list(difference.values())[:3])
         if low is None:
-            answer, words = "one seed", f"{points:+.1f} points F1 on one seed; one seed settles nothing"
+            answer, words = "one seed", f"{points:+.1f} points F1 on one seed, which is no evidence"
         else:
-            answer = "ahead" if low > 0 else "behind" if high < 0 else "not settled"
+            answer = "ahead" if low > 0 else "behind" if high < 0 else "inconclusive"
             words = f"{answer}, {points:+.1f} points F1 (95% interval {low:+.1f} to {high:+.1f}, "
             words += f"{difference['seeds']} seeds)"
         answers[question] = {"answer": answer, "words": f"{question}: {words}."}
     return {
         "criterion": "ahead or behind if the 95% interval of the seed-paired difference in step-weighted macro-F1 "
-        "leaves out 0, else not settled",
+        "leaves out 0, else inconclusive",
         **answers,
     }
 
@@ -329,6 +329,6 @@ def print_table(results: dict, output_dir: Path) -> None:
         if isinstance(answer, dict):
             print(answer["words"])
     if results["quick"]:
-        print("QUICK: one seed on a smaller corpus. It shows that everything runs; it settles nothing.")
+        print("QUICK: one seed on a smaller corpus. It shows that everything runs; it is no evidence.")
     print(f"{results['seconds']:.0f} s. Wrote {output_dir}/: results.json, f1_by_subset.png, corpus.png, "
           "solution.png, seed-*/<subset>/ (models with their cards)")  # fmt: skip

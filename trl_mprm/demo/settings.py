@@ -1,8 +1,8 @@
 """
 Every number of the miniature in one place: frozen before its final seeds ran, and the same for every subset.
 
-How they were chosen: on calibration seeds that the demo does not use, looking at zero-shot, random, full and true
-labels only. F1 (step-weighted macro-F1 x 100, held-out threshold) / AUC x 100, one epoch, all weights but the vision
+How they were chosen: on calibration seeds that the demo does not use, looking only at zero-shot, random, full and true
+labels. F1 (step-weighted macro-F1 x 100, held-out threshold) / AUC x 100, one epoch, all weights but the vision
 encoder's.
 
 First round, seeds 101 to 103 (batch 16; three bases, the last one with fresh "Yes" and "No" rows):
@@ -17,7 +17,7 @@ First round, seeds 101 to 103 (batch 16; three bases, the last one with fresh "Y
     LoRA r 16, 2e-3 (6e-3)              103   -           60.3/63.4 (54.6/57.2)   -           -           -
 
 Measured once on seeds 1 to 5: zero-shot 48.7, random10 66.1, bis10 66.9, full 75.2 (three seeds: 63.8, 84.3, 77.5),
-true10 67.9, true-full 81.0. BIS-10% against random-10% +0.8 (-3.3 to +4.8): not settled. The regime was not the
+true10 67.9, true-full 81.0. BIS-10% against random-10% +0.8 (-3.3 to +4.8): inconclusive. The regime was not the
 paper's: 10% gave 100 updates, too few to learn from any labels (true labels +2 over random10), and full was 9 points
 ahead of random10 (the paper: 2.3).
 
@@ -50,7 +50,7 @@ from .world import Policy
 class Settings:
     """World, noise, sizes and hyper-parameters of the demo."""
 
-    # The policy that is annotated: errors sit on one hard tile a problem.
+    # The policy that is annotated: errors sit on one hard tile per problem.
     policy: Policy = Policy(
         hard_rates=(0.02, 0.2, 0.6, 0.98),
         hard_weights=(0.53, 0.40, 0.05, 0.02),
@@ -73,7 +73,7 @@ class Settings:
             "careful": Policy((0.2, 0.8), (0.5, 0.5), 0.02, (0.05, 0.3), (0.5, 0.5)),
         }
     )
-    benchmark_problems: int = 400  # a policy
+    benchmark_problems: int = 400  # per policy
 
     # The paper's 10% and its alpha for 10% (README of its code).
     fraction: float = 0.10

@@ -7,7 +7,7 @@ A picture is a 3x3 grid of tiles. Every tile has its own colour and shows one di
     from 4 take red blue pink    the digits are taken away, modulo 10
     add red blue pink options 3 8         the same, with the answers to choose from in the question
 
-The policy says where it starts (a step that only restates the question), reads one tile a step and states the running
+The policy says where it starts (a step that only restates the question), reads one tile per step and states the running
 value; the last step is the answer:
 
     from 0      red is 7 total 7      blue is 5 total 2      pink is 9 total 1      answer 1
@@ -72,7 +72,7 @@ class Policy:
         slip (`float`):
             Chance of a slip on any other tile.
         notice_rates (`tuple[float, ...]`):
-            Chance a step of noticing an earlier slip; each problem draws one of these.
+            Chance per step of noticing an earlier slip; each problem draws one of these.
         notice_weights (`tuple[float, ...]`):
             How often each of them is drawn.
     """
