@@ -1,17 +1,20 @@
 """Cards: one rendering of one record, by the trainer, by `trl-mprm card`, and for the kept cards of the demo."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from helpers import PUSH, CommitHub, ReadHub, hub_on_this_machine, make_rows
+from helpers import PUSH, CommitHub, ReadHub, hub_on_this_machine, make_rows, nf4
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
-from trl_mprm import ProcessRewardConfig, ProcessRewardTrainer, select
+from trl_mprm import ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer, select
 from trl_mprm.cards.model_card import add_eval_results, benchmark_facts, read_record, render_card
 from trl_mprm.cli import main
 from trl_mprm.evaluation.metrics import step_metrics
@@ -154,9 +157,56 @@ def test_kept_cards_are_renderings_of_their_records(record):
 def test_a_name_of_a_source_cannot_break_the_table_of_a_card():
     record = read_record(KEPT / "miniature-mprm-bis10.json")
     record["selection"]["sources"] = {"a\\|b\r\n\n# c": record["selection"]["sources"]["sum"]}
-    assert "\n| a\\&#124;b # c | 5152 |" in str(render_card(record))
+    assert "\n| a&#92;&#124;b # c | 5152 |" in str(render_card(record))
 
 
 def test_every_kept_card_has_a_record():
     names = {path.stem for path in KEPT.glob("*.md")} - {"README"}
     assert names == {path.stem for path in KEPT.glob("*.json")} and len(names) == 5
+
+
+def run_snippet(card: Path) -> str:
+    """What the example of a card prints, in a process of its own beside the model's folder."""
+    code = card.read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=card.parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+    return done.stdout.splitlines()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qlora", "bfloat16"])
+def test_the_example_of_a_card_gives_the_scores_of_the_model(kind, tiny_folders, tmp_path):
+    """Its imports, double quantisation and dtype included, on a question of the model's own data."""
+    folder = tmp_path / "tiny"
+    qlora = {"quantization_config": nf4(), "peft_config": LoraConfig(r=4)} if kind == "qlora" else {}
+    args = ProcessRewardConfig(
+        str(folder), use_cpu=True, report_to="none", max_steps=2, save_strategy="no", learning_rate=1e-2,
+        model_init_kwargs={"dtype": "bfloat16"} if kind == "bfloat16" else None, bf16=False,
+    )  # fmt: skip
+    rows = make_rows(images=True)
+    trainer = ProcessRewardTrainer(tiny_folders["qwen2_5_vl"], args, train_dataset=Dataset.from_list(rows), **qlora)
+    trainer.train()
+    trainer.save_model()
+    shortest = min(rows, key=lambda row: len(str((row["prompt"], row["completions"]))))
+    for number, image in enumerate(shortest["images"]):
+        name = "picture.png" if len(shortest["images"]) == 1 else f"picture-{number + 1}.png"
+        image.save(tmp_path / name)
+    prm = ProcessRewardModel(trainer.model, trainer.processing_class, trainer.step_format)
+    scores = prm.score(shortest["images"], shortest["prompt"], shortest["completions"])
+    assert run_snippet(folder / "README.md") == str([round(score, 4) for score in scores])
+
+
+def test_names_cannot_break_a_card():
+    record = read_record(KEPT / "miniature-mprm-bis10.json")
+    bad = 'a`\n# b"); import os <img src=x> [c](javascript:d)'
+    record |= {"name": bad, "base_model": bad, "dataset": record["dataset"] | {"name": bad, "example": {
+        "images": 0, "question": bad, "steps": [bad]}}}  # fmt: skip
+    record["benchmarks"] = {bad: next(iter(record["benchmarks"].values()))}
+    body = str(render_card(record)).split("\n---\n", 1)[1]
+    prose = re.sub(r"`[^`\n]*`", "", body.split("```python\n")[0] + body.split("```\n", 1)[1])  # without code spans
+    assert '# a&#96; # b"); import os &lt;img src=x&gt; &#91;c&#93;(javascript:d)\n' in prose
+    assert not re.search(r"^# b|\[c\]|<img", prose, flags=re.MULTILINE)
+    compiled = ast.parse(body.split("```python\n")[1].split("```")[0])
+    assert {node.value for node in ast.walk(compiled) if isinstance(node, ast.Constant)} >= {bad}

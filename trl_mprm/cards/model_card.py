@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..files import atomic_output, write_json
+from ..text import code, markdown
 from .measures import MEASURES
 
 
@@ -49,7 +50,8 @@ def render_card(record: dict[str, Any]) -> ModelCard:
         model_name=record["name"] if results else None,
         eval_results=results or None,
     )
-    return ModelCard.from_template(data, template_path=TEMPLATE, measures=MEASURES, **record)
+    words = {"text": markdown, "code": code, "python": _python}
+    return ModelCard.from_template(data, template_path=TEMPLATE, measures=MEASURES, **words, **record)
 
 
 def write_card(folder: str | os.PathLike, record: dict[str, Any]) -> Path:
@@ -157,6 +159,11 @@ def add_eval_results(
     with atomic_output(path) as part:
         part.write_text(str(card), encoding="utf-8")
     return path
+
+
+def _python(value: Any) -> str:
+    """A value as Python writes it: no text of a record ends the string that it stands in."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _protocol(metrics: dict[str, Any]) -> str:

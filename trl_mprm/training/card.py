@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from ..data.hub import is_hub_id, public_name
 from ..data.rows import IGNORE_INDEX
 from ..models.anatomy import is_vision_language
+from ..prompting.tokens import texts_of
 from .checks import arrow_columns
 
 
@@ -75,11 +76,15 @@ def run_record(trainer: Trainer, dataset: dict[str, Any], names: dict[str, Any])
 
 def _training(trainer: Trainer) -> dict[str, Any]:
     model, args = trainer.model, trainer.args
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    quantization = _quantization(base)
     peft_config = model.active_peft_config if isinstance(model, PeftModel) else None
     return {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "lora": {"r": peft_config.r, "alpha": peft_config.lora_alpha} if peft_config else None,
-        "quantized": bool(getattr(model, "is_loaded_in_4bit", False)),  # a model that is not has no such attribute
+        "quantized": quantization is not None,
+        "quantization": quantization,
+        "dtype": str(base.dtype).removeprefix("torch."),
         "loss_type": args.loss_type,
         "hard_threshold": args.hard_threshold,
         "optimizer_steps": trainer.state.global_step,
@@ -95,13 +100,24 @@ def _training(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def _quantization(base: PreTrainedModel) -> dict[str, Any] | None:
+    """What `BitsAndBytesConfig` has to be given for the weights that were trained on; `None` where none are in 4 bit."""
+    if not getattr(base, "is_loaded_in_4bit", False):  # a model that is not has no such attribute
+        return None
+    given = base.config.quantization_config.to_diff_dict()
+    return {key: value for key, value in given.items() if key == "load_in_4bit" or key.startswith("bnb_4bit_")}
+
+
 def _last_evaluation(trainer: Trainer) -> dict[str, float] | None:
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     return {key: evaluations[-1][key] for key in EVALUATION_FACTS if key in evaluations[-1]} if evaluations else None
 
 
 def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    """Count rows, steps and sources of the training rows for the card; a stream has no counts."""
+    """
+    Count rows, steps and sources of the training rows for the card, and take a question and its steps for an example: the
+    shortest of the first hundred. A stream has none of these.
+    """
     if isinstance(dataset, IterableDataset):
         return {}
     labels = pc.list_flatten(arrow_columns(dataset, "labels")["labels"].combine_chunks()).cast(pa.float64())
@@ -115,4 +131,16 @@ def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     if "source" in dataset.column_names:
         counts = pc.value_counts(arrow_columns(dataset, "source")["source"]).to_pylist()
         facts["sources"] = dict(sorted((count["values"], count["counts"]) for count in counts))
-    return facts
+    return facts | {"example": _example(dataset)}
+
+
+def _example(dataset: Dataset) -> dict[str, Any]:
+    rows = dataset.select(range(min(100, len(dataset)))).with_format(None)
+    pairs = list(zip(rows["prompt"], rows["completions"], strict=True))
+    index = min(range(len(pairs)), key=lambda number: len(str(pairs[number])))
+    prompt, steps = pairs[index]
+    n_images = 0
+    if "images" in rows.column_names:
+        n_images = pc.list_value_length(arrow_columns(rows, "images")["images"])[index].as_py() or 0
+    question = prompt if isinstance(prompt, str) else "\n".join(texts_of(prompt))
+    return {"images": n_images, "question": question, "steps": list(steps)}
