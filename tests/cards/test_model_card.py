@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,18 @@ def test_results_go_into_the_record_and_edited_text_stays(folder):
     assert {entry.dataset_name for entry in ModelCard.load(path).data.eval_results} == {
         "toy", "second toy", "third toy",
     }  # fmt: skip
+
+
+def test_an_adapter_of_a_local_base_is_not_ready_to_publish(folder, tmp_path, capsys):
+    copy = tmp_path / "adapter"
+    shutil.copytree(folder, copy)
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/someone/base"}))
+    assert main(["card", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert "names the base /home/someone/base, a folder of this machine" in said and "hf upload" not in said
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    assert main(["card", str(copy)]) == 0
+    assert "publish: hf upload" in capsys.readouterr().out
 
 
 def test_wrong_records_are_one_line(tmp_path, capsys):

@@ -5,6 +5,7 @@ import logging
 import sys
 
 from .. import __version__
+from ..text import one_line
 from . import annotate, card, convert, demo, evaluate, score, select, serve, train
 
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return args.command(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

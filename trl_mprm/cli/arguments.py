@@ -1,9 +1,15 @@
 """What several commands have in common: arguments, tables, a loaded model."""
 
 import argparse
+import os
+import sys
 
 from tabulate import tabulate
 
+from ..text import one_line, plain
+
+
+WIDTH = 100
 
 ShowDefaults = argparse.ArgumentDefaultsHelpFormatter
 
@@ -35,8 +41,37 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def say(*lines: str) -> None:
+    """
+    Print, wherever it goes and whatever the names of others hold: control characters and what the terminal's encoding lacks
+    are replaced, and a reader that has gone, as in `| head -1`, is no error.
+    """
+    if sys.stdout is None:  # closed by who started us
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "\n".join(map(plain, lines))
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_table(rows: list[list]) -> None:
-    print(tabulate(rows[1:], headers=rows[0], floatfmt=".4g"))
+    """A table, the header first, whose first column gives way where it would be wider than a page of 100 columns."""
+    rows = [[one_line(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    table = _table(rows)
+    too_wide = max(map(len, table.splitlines())) - WIDTH
+    if too_wide > 0:
+        longest = max(len(str(row[0])) for row in rows)
+        room = max(12, longest - too_wide)
+        table = _table(
+            [[str(row[0])[: room - 1] + "…" if len(str(row[0])) > room else row[0], *row[1:]] for row in rows]
+        )
+    say(table)
+
+
+def _table(rows: list[list]) -> str:
+    return tabulate(rows[1:], headers=rows[0], floatfmt=".4g")
 
 
 def load_scorer(args: argparse.Namespace, device_map: str | dict = "auto"):
@@ -55,13 +90,13 @@ def load_prm(args: argparse.Namespace, device_map: str | dict = "auto"):
         args.model,
         base_model=args.base_model,
         step_format=args.step_format,
-        quantization_config=_nf4(args.dtype) if args.load_in_4bit else None,
+        quantization_config=nf4(args.dtype) if args.load_in_4bit else None,
         dtype=args.dtype,
         device_map=device_map,
     )
 
 
-def _nf4(dtype: str):
+def nf4(dtype: str):
     from trl import ModelConfig, get_quantization_config
 
     return get_quantization_config(ModelConfig(load_in_4bit=True, dtype=dtype))

@@ -1,8 +1,15 @@
 """`trl-mprm card`: the card of a model again, from the record of its training."""
 
 import argparse
+import json
+from pathlib import Path
 
+from ..data.hub import is_hub_id
 from ..files import atomic_output
+from .arguments import say
+
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -22,7 +29,23 @@ def card(args: argparse.Namespace) -> int:
     if args.output:
         with atomic_output(args.output) as part:
             part.write_text(str(render_card(record)), encoding="utf-8")
-    print(f"card: {args.output or write_card(args.model, record)}")
-    if not args.output:
-        print(f"publish: hf upload {record['repo'] or 'ORG/NAME'} {args.model} . --exclude 'checkpoint-*'")
+    say(f"card: {args.output or write_card(args.model, record)}")
+    if args.output:
+        return 0
+    base = _local_base(Path(args.model))
+    if base is not None:
+        say(
+            f"not ready to publish: {Path(args.model, ADAPTER_CONFIG)} names the base {base}, a folder of this machine; "
+            "set base_model_name_or_path there to the base's id on the Hub first"
+        )
+    else:
+        say(f"publish: hf upload {record['repo'] or 'ORG/NAME'} {args.model} . --exclude 'checkpoint-*'")
     return 0
+
+
+def _local_base(folder: Path) -> str | None:
+    """The base that an adapter names, where it is a folder and no id on the Hub."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return base if isinstance(base, str) and not is_hub_id(base) else None

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .arguments import print_table
+from .arguments import print_table, say
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -18,5 +18,5 @@ def convert(args: argparse.Namespace) -> int:
 
     report = convert_internvl_chat(args.input, args.output, args.tokenizer)
     print_table([["", "converted"], *map(list, report.items())])
-    print(f"\nmodel and processor: {args.output}")
+    say(f"\nmodel and processor: {args.output}")
     return 0
