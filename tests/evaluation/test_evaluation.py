@@ -1,7 +1,9 @@
 """Scoring a benchmark: its bookkeeping and files, bad items, a killed run, two processes, and what people read of it."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +21,14 @@ from PIL import Image
 from trl_mprm import ProcessRewardModel
 from trl_mprm.cards.model_card import add_eval_results
 from trl_mprm.cli import main
+from trl_mprm.cli.arguments import print_table
 from trl_mprm.evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkEntry, read_benchmark
+from trl_mprm.evaluation.fingerprint import fingerprint
 from trl_mprm.evaluation.metrics import best_of_n_metrics, prmbench_scores, step_metrics
 from trl_mprm.evaluation.published_results import TABLES, VISUALPROCESSBENCH_STEPS
+from trl_mprm.evaluation.records import compare_models, recompute_metrics
 from trl_mprm.evaluation.report import results_markdown, write_report
-from trl_mprm.evaluation.run import compare_models, evaluate_model, recompute_metrics, score_items
+from trl_mprm.evaluation.run import evaluate_model, score_items
 from trl_mprm.evaluation.tables import table_rows
 from trl_mprm.models.loading import add_marker, load_model, load_processing_class
 from trl_mprm.prompting.step_format import StepFormat
@@ -322,15 +327,44 @@ def big_benchmark(folder):  # noqa: F811
     return write(folder, *lines)
 
 
-def test_weights_are_part_of_the_fingerprint(folder, tiny_folders, tmp_path):  # noqa: F811
-    from trl_mprm.evaluation.run import _fingerprint
-
+def test_all_that_decides_a_score_is_part_of_the_fingerprint(folder, tiny_folders, tmp_path):  # noqa: F811
     items = read_benchmark(big_benchmark(folder)).items
-    prm = ProcessRewardModel.from_pretrained(save_prm(tmp_path / "prm", tiny_folders["qwen2_5_vl"]))
-    before = _fingerprint(prm, items, 2)
-    assert before == _fingerprint(ProcessRewardModel.from_pretrained(tmp_path / "prm"), items, 2)
-    next(iter(prm.model.parameters())).data += 1e-3
-    assert before != _fingerprint(prm, items, 2)
+    path = save_prm(tmp_path / "prm", tiny_folders["qwen2_5_vl"])
+    shutil.copytree(path, tmp_path / "moved")
+    before = fingerprint(ProcessRewardModel.from_pretrained(path), items, 2)
+    prm = ProcessRewardModel.from_pretrained(tmp_path / "moved")
+    assert before == fingerprint(prm, items, 2) != fingerprint(prm, items, 4)
+
+    weight, processor = next(iter(prm.model.parameters())).data.flatten(), prm.processing_class
+    last = weight[-1].item()  # beyond the first values of its tensor
+    weight[-1] += 1e-3
+    assert before != fingerprint(prm, items, 2)
+    weight[-1] = last
+    assert before == fingerprint(prm, items, 2)
+    template = processor.chat_template
+    processor.chat_template = "Be strict. " + template
+    assert before != fingerprint(prm, items, 2)
+    processor.chat_template = template
+    size = processor.image_processor.size["longest_edge"]
+    processor.image_processor.size["longest_edge"] = size // 2
+    assert before != fingerprint(prm, items, 2)
+    processor.image_processor.size["longest_edge"] = size
+    assert before == fingerprint(prm, items, 2)
+    # Candidates of best-of-N are grouped by line: another picture under the same name shows in its bytes alone.
+    other = tmp_path / "other.png"
+    Image.new("RGB", (8, 8), "green").save(other)
+    assert before != fingerprint(prm, [items[0] | {"images": [str(other)]}, *items[1:]], 2)
+
+
+def test_junk_in_a_progress_file_is_named(tmp_path):
+    items = items_of(16)
+    interrupted(tmp_path, items)
+    (part,) = tmp_path.glob(".*.part")
+    part.write_bytes(part.read_bytes() + b"\0junk\n")
+    n_lines = part.read_bytes().count(b"\n")
+    message = rf"{re.escape(str(part))}, line {n_lines}: expected the scores of an item, .* delete the file"
+    with pytest.raises(ValueError, match=message):
+        score_items(Stops(SCORES), items, 1, tmp_path)
 
 
 @pytest.mark.slow
@@ -383,7 +417,11 @@ def test_the_command_writes_everything(folder, tiny_folders, tmp_path, capsys): 
     printed = capsys.readouterr().out
     assert "not scored: DynaMath:24: row DynaMath:24: the prompt contains the special token" in printed
     assert "not scored: DynaMath:25: " in printed and "broken PNG file" in printed
-    assert printed.count("oracle threshold") == 2 and f"card: {tmp_path / 'prm' / 'README.md'}" in printed
+    assert printed.count("figures in percent; oracle threshold") == 2
+    assert (
+        max(map(len, printed.split("not scored")[0].splitlines())) <= 100
+        and f"card: {tmp_path / 'prm' / 'README.md'}" in printed
+    )
     names = {"evaluation.html", "results.json", "results.md", "scores.jsonl"}
     assert {path.name for path in (tmp_path / "two").iterdir()} == names
     results = json.loads((tmp_path / "two" / "results.json").read_text())
@@ -406,6 +444,14 @@ def test_the_command_writes_everything(folder, tiny_folders, tmp_path, capsys): 
         ([], "no model to evaluate: name a Hub id or folder with --model"),
         (["--model", "m", "--compare", "x"], "--compare needs a folder for the results: set --output"),
         (["--model", "m", "--update-card"], "--update-card needs a folder for the results: set --output"),
+        (
+            ["m", "--update-card", "--output", "o"],
+            "--update-card: m has no README.md; expected the folder of a trained",
+        ),
+        (
+            ["m", "--compare", "none.jsonl", "--output", "o"],
+            "none.jsonl: no such file; expected a scores.jsonl written",
+        ),
         (["--model", "m", "--data", "none.jsonl"], "none.jsonl: no such file; expected a file or a folder with test"),
         (["--model", "m", "--benchmark", "best-of-n"], "best-of-n has no dataset on the Hub: name a file or folder"),
         (["m", "someone/none", "--benchmark", "prmbench"], "someone/none: no such file or folder here, and the Hub"),
@@ -430,6 +476,62 @@ def test_bad_values_of_flags(flag, value, expected, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", "m", flag, value])
     assert f"error: argument {flag}: expected {expected}, got {value!r}" in capsys.readouterr().err
+
+
+EARLY = """
+import sys
+from trl_mprm.cli import main
+
+code = main(["evaluate", "no/such-model", *sys.argv[1:]])
+sys.exit(10 * code + ("torch" in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--threshold", "7"], 'threshold must be "held_out", "oracle" or a number in [0, 1], got 7.0'),
+        (["--output", "out", "--compare", "other.jsonl"], "item DynaMath:1 has other labels in other.jsonl than in"),
+    ],
+)
+def test_what_the_benchmark_refuses_is_told_before_torch_is_imported(folder, argv, message):  # noqa: F811
+    four_items(folder)
+    record = {"id": "DynaMath:1", "labels": [1, -1], "scores": [0.5, 0.5], "source": "DynaMath", "group": "g"}
+    (folder / "other.jsonl").write_text(json.dumps(record) + "\n")
+    argv = [sys.executable, "-c", EARLY, "test.jsonl", *argv]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 20 and message in done.stderr and done.stderr.count("error: ") == 1
+
+
+def test_a_reader_that_has_gone_costs_no_report(tmp_path, tiny_folders, monkeypatch):
+    """`evaluate ... | head -1` and an ASCII terminal once ended in exit code 2, without a report; a base is zero-shot."""
+    row = {"id": "a-0", "generator": "Qwen", "problem": "2+2?", "steps": ["two", "five"], "label": 1}
+    data = tmp_path / "café\x1b[31m.json"
+    data.write_text(json.dumps([row, row | {"id": "a-1", "label": -1}]))
+    argv = ["evaluate", tiny_folders["qwen2"], str(data), "--benchmark", "processbench", "--output"]
+    read, write_end = os.pipe()
+    with open(write_end, "w", encoding="ascii") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", terminal)
+        assert main([*argv, str(tmp_path / "one")]) == 0
+    with open(read) as reader:
+        said = reader.read()
+    assert f"{Path(tiny_folders['qwen2']).name}, zero-shot on ProcessBench, other data" in said
+    assert "caf??[31m" in said and "\x1b" not in said
+    assert ", zero-shot on ProcessBench" in (tmp_path / "one" / "results.md").read_text()
+
+    read, write_end = os.pipe()
+    os.close(read)
+    with open(write_end, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", terminal)
+        assert main([*argv, str(tmp_path / "two")]) == 0
+    assert {"results.md", "evaluation.html"} < {path.name for path in (tmp_path / "two").iterdir()}
+
+
+def test_a_table_fits_a_page_and_its_names_stay_text(capsys):
+    print_table([["source", "n"], ["long " * 40, 1], ["a\x1b[2J\nb", 2]])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) == 100 and "long…" in printed.replace(" …", "…")
+    assert "a\ufffd[2J b" in printed and "\x1b" not in printed
 
 
 # ---- the other benchmarks
@@ -510,15 +612,15 @@ def test_best_of_n_is_measured_by_question(candidates):
 # ---- what people read
 
 
-def test_table_names_protocol_and_leaves_undefined_open():
+def test_table_leaves_undefined_open():
     metrics = step_metrics([[1, 1], [1, -1]], [[0.9, 0.9], [0.9, 0.1]], ["a", "b"], n_resamples=0)
     assert table_rows(metrics) == [
-        ["source", "steps", "F1 correct", "F1 incorrect", "macro-F1 (held_out threshold)", "95% interval", "AUC"],
-        ["a", "2", "100.00", "-", "-", "-", "-"],
-        ["b", "2", "100.00", "100.00", "100.00", "-", "100.00"],
-        ["overall, step-weighted (the paper)", "4", "-", "-", "100.00", "-", "100.00"],
-        ["overall, pooled (VisualPRM)", "4", "-", "-", "100.00", "-", "100.00"],
-        ["overall, mean of sources", "4", "-", "-", "100.00", "-", "100.00"],
+        ["source", "steps", "F1 correct", "F1 incorrect", "macro-F1", "95% interval"],
+        ["a", "2", "100.00", "-", "-", "-"],
+        ["b", "2", "100.00", "100.00", "100.00", "-"],
+        ["overall, step-weighted (the paper)", "4", "-", "-", "100.00", "-"],
+        ["overall, pooled (VisualPRM)", "4", "-", "-", "100.00", "-"],
+        ["overall, mean of sources", "4", "-", "-", "100.00", "-"],
     ]
 
 

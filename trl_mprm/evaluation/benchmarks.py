@@ -148,6 +148,11 @@ class Benchmark:
         missing += [f"{n_failed:,} of {n_items:,} items not scored"] if n_failed else []
         return f"{title} ({', '.join(missing)})" if missing else title
 
+    def check_measurable(self, threshold: float | str) -> None:
+        """A dry run with scores of 0.5: raises what cannot be measured before hours of scoring."""
+        tried = [{**item, "scores": [0.5] * len(item["labels"])} for item in self.items]
+        self.entry.task.measure(tried, threshold, n_resamples=0)
+
     @property
     def report(self) -> dict[str, Any]:
         """What was read, refused and peculiar, for `results.json`."""
@@ -281,7 +286,7 @@ def download_benchmark(name: str, hub_id: str | None = None) -> tuple[Path, Path
 def _files(path: Path, entry: BenchmarkEntry) -> list[Path]:
     files = [path / name for name in entry.files] if path.is_dir() else [path]
     if path.is_dir() and not entry.files:
-        files = sorted(path.glob("*.jsonl")) or [path / "*.jsonl"]
+        files = [file for file in sorted(path.glob("*.jsonl")) if file.is_file()] or [path / "*.jsonl"]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(

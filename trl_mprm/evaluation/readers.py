@@ -168,13 +168,13 @@ def _images_named(tags: list[str]) -> int:
 
 
 def _group(question: str, images: list[str] = ()) -> str:
-    question, *pictures = question_key(question, map(_content, images))
+    question, *pictures = question_key(question, map(image_digest, images))
     identity = json.dumps([question, pictures])
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 @cache
-def _content(path: str) -> str:
+def image_digest(path: str) -> str:
     """Copies of a picture are one picture here: it goes by its bytes, wherever it lies."""
     return picture_key(Path(path).read_bytes())
 

@@ -14,7 +14,7 @@ from ..text import markdown
 from .benchmarks import BENCHMARKS, Benchmark, BenchmarkEntry
 from .page import evaluation_page
 from .published_results import PublishedTable
-from .run import compare_models, read_scores
+from .records import check_comparable, compare_models, read_scores
 from .tables import comparison_rows, percent
 
 
@@ -51,8 +51,7 @@ def write_report(
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     records = read_scores(folder / "scores.jsonl")
     if compare is not None:
-        if not benchmark.entry.task.labelled:
-            raise ValueError("two models are compared by their step labels, and best-of-N has none")
+        check_comparable(benchmark, compare)
         tests = compare_models(folder / "scores.jsonl", compare, _protocol(results))
         results["comparison"] = {"other": Path(compare).parent.name or str(compare), "tests": tests}
         write_json(results, folder / "results.json")

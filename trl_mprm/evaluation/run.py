@@ -15,7 +15,6 @@ and a line of `scores.jsonl` comes out, from which every measure can be computed
 An item that cannot be scored has `"scores": null` and its `error`.
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -28,8 +27,7 @@ from tqdm.auto import tqdm
 from ..files import atomic_output, write_json
 from ..scoring import ProcessRewardModel
 from .benchmarks import Benchmark, read_benchmark
-from .metrics import paired_bootstrap
-from .tasks import task_of
+from .fingerprint import fingerprint
 
 
 KEPT_COLUMNS = ("id", "source", "group", "policy_model", "labels", "correct")
@@ -78,8 +76,7 @@ def evaluate_model(
 
     benchmark = benchmark if isinstance(benchmark, Benchmark) else read_benchmark(benchmark)
     items, task = benchmark.items, benchmark.entry.task
-    # A dry run with scores of 0.5: what cannot be measured fails here, not after hours of scoring.
-    task.measure([{**item, "scores": [0.5] * len(item["labels"])} for item in items], threshold, n_resamples=0)
+    benchmark.check_measurable(threshold)
     if isinstance(model, ProcessRewardModel) and not model.reads_images and all(item["images"] for item in items):
         raise ValueError(
             f"all {len(items)} items have images, and this model, or its step_format, reads none: "
@@ -118,7 +115,7 @@ def score_items(
     A chunk holds whole questions, at least four batches. Its records are appended to
     `.scores.jsonl.{fingerprint}.{process}.part` in one write, and a chunk that is not there to its last record is
     scored anew. Chunks are the same whatever was interrupted and however many processes there are, and so are the
-    batches, hence the scores. The fingerprint covers weights, items and batch size. Several machines need one common
+    batches, hence the scores. The [`fingerprint`] covers all that decides a score. Several machines need one common
     folder.
 
     Returns:
@@ -133,7 +130,7 @@ def score_items(
     done: dict[str, dict] = {}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        parts = f".scores.jsonl.{_fingerprint(model, items, batch_size)}"
+        parts = f".scores.jsonl.{fingerprint(model, items, batch_size)}"
         done = _read_parts(folder, parts)
         own = folder / f"{parts}.{state.process_index}.part"
         if own.is_file():  # a write that was cut short has no newline at its end
@@ -207,72 +204,17 @@ def _record(item: dict[str, Any], outcome: list[float] | str) -> dict[str, Any]:
 def _read_parts(folder: Path, parts: str) -> dict[str, dict]:
     records = {}
     for file in folder.glob(f"{parts}.*.part"):
-        for line in file.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
+        for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):  # a write that was cut short
+                continue
+            try:
                 record = json.loads(line)
-                if record["scores"] is not None or record["id"] not in records:
-                    records[record["id"]] = record
-    return records
-
-
-def _fingerprint(model: "ProcessRewardModel", items: Sequence[dict[str, Any]], batch_size: int) -> str:
-    """Hash of the first values of every weight, of the items (`group` stands for their images) and of the batch size."""
-    from ..scoring import ProcessRewardModel
-
-    digest = hashlib.sha256(f"{type(model).__qualname__} {batch_size}".encode())
-    if isinstance(model, ProcessRewardModel):
-        digest.update(repr(model.step_format).encode())
-        for name, weight in model.model.state_dict().items():
-            first = [] if weight.is_meta else weight.flatten()[:8].float().cpu().tolist()
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {first}".encode())
-    for item in items:
-        digest.update(json.dumps([item[key] for key in ("id", "group", "prompt", "completions", "labels")]).encode())
-    return digest.hexdigest()[:16]
-
-
-def recompute_metrics(scores_file: str | os.PathLike, threshold: float | str = "held_out") -> dict[str, Any]:
-    """Measure a `scores.jsonl` of [`evaluate_model`] again, without a model, with any threshold."""
-    records = read_scores(scores_file)
-    return task_of(records).measure(records, threshold)
-
-
-def read_scores(scores_file: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read the records of a `scores.jsonl`. Raises `ValueError` with the line that is none."""
-    if not Path(scores_file).is_file():
-        raise FileNotFoundError(f"{scores_file}: no such file; expected a scores.jsonl written by `evaluate`")
-    records = []
-    for number, line in enumerate(Path(scores_file).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            for key in ("labels", "scores", "source", "group"):
-                record[key]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{scores_file}, line {number}: expected a JSON object with labels, scores, source, group ({error!r})"
-            ) from error
-        records.append(record)
-    return records
-
-
-def compare_models(
-    scores_file: str | os.PathLike, other_file: str | os.PathLike, threshold: float | str = "held_out"
-) -> dict[str, dict]:
-    """
-    Test whether two models differ on the items that both scored: [`~metrics.paired_bootstrap`] of two `scores.jsonl`.
-
-    Raises `ValueError` where an item has other labels in the other file, or no item is in both.
-    """
-    records = {record["id"]: record for record in read_scores(scores_file) if record["scores"] is not None}
-    pairs = []
-    for other in read_scores(other_file):
-        record = records.get(other["id"])
-        if record is not None and other["scores"] is not None:
-            if record["labels"] != other["labels"]:
+                name, scores = record["id"], record["scores"]
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"item {other['id']} has other labels in {other_file} than in {scores_file}: "
-                    "expected two models on one benchmark"
-                )
-            pairs.append((record["labels"], record["scores"], other["scores"], record["source"], record["group"]))
-    if not pairs:
-        raise ValueError(f"no item of {other_file} is in {scores_file}: expected two models on one benchmark")
-    return paired_bootstrap(*zip(*pairs, strict=True), threshold=threshold)
+                    f"{file}, line {number}: expected the scores of an item, as an interrupted evaluation left them, got "
+                    f"{line[:60]!r}: delete the file, and its items are scored again"
+                ) from error
+            if scores is not None or name not in records:
+                records[name] = record
+    return records

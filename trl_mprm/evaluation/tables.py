@@ -16,22 +16,21 @@ def table_rows(metrics: dict[str, Any]) -> list[list[str]]:
     >>> metrics = step_metrics([[1, -1], [1, 1, -1]], [[0.9, 0.2], [0.8, 0.4, 0.3]], threshold=0.5)
     >>> for row in table_rows(metrics):
     ...     print(" | ".join(row))
-    source | steps | F1 correct | F1 incorrect | macro-F1 (fixed threshold) | 95% interval | AUC
-    all | 5 | 80.00 | 80.00 | 80.00 | - | 100.00
-    overall, step-weighted (the paper) | 5 | - | - | 80.00 | 66.67 to 100.00 | 100.00
-    overall, pooled (VisualPRM) | 5 | - | - | 80.00 | 66.67 to 100.00 | 100.00
-    overall, mean of sources | 5 | - | - | 80.00 | 66.67 to 100.00 | 100.00
+    source | steps | F1 correct | F1 incorrect | macro-F1 | 95% interval
+    all | 5 | 80.00 | 80.00 | 80.00 | -
+    overall, step-weighted (the paper) | 5 | - | - | 80.00 | 66.67 to 100.00
+    overall, pooled (VisualPRM) | 5 | - | - | 80.00 | 66.67 to 100.00
+    overall, mean of sources | 5 | - | - | 80.00 | 66.67 to 100.00
 
     ```
     """
-    header = ["source", "steps", "F1 correct", "F1 incorrect"]
-    rows = [[*header, f"macro-F1 ({metrics['threshold_protocol']} threshold)", "95% interval", "AUC"]]
+    rows = [["source", "steps", "F1 correct", "F1 incorrect", "macro-F1", "95% interval"]]
     for name, source in metrics["sources"].items():
         f1 = [percent(source[key]) for key in ("f1_correct", "f1_incorrect", "macro_f1")]
-        rows.append([name, str(source["n_steps"]), *f1, "-", percent(source["auc"])])
+        rows.append([name, str(source["n_steps"]), *f1, "-"])
     for key in F1_CONVENTIONS:
-        steps, auc = str(metrics["n_steps"]), percent(metrics["auc"])
-        rows.append([MEASURES[key].row, steps, "-", "-", percent(metrics[key]), _low_to_high(metrics, key), auc])
+        overall = [str(metrics["n_steps"]), "-", "-", percent(metrics[key]), _low_to_high(metrics, key)]
+        rows.append([MEASURES[key].row, *overall])
     return rows
 
 
@@ -57,7 +56,7 @@ def measure_rows(metrics: dict[str, Any]) -> list[list[str]]:
 
 
 def comparison_rows(tests: dict[str, dict]) -> list[list[str]]:
-    """Lay a result of [`~run.compare_models`] out as a table of strings, in percent."""
+    """Lay a result of [`~records.compare_models`] out as a table of strings, in percent."""
     rows = [["measure", "this model", "other model", "difference", "95% interval", "p"]]
     for key, measure in MEASURES.items():
         if key in tests:
