@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import (
     BitsAndBytesConfig,
@@ -20,6 +20,7 @@ from transformers import (
 
 from .data.hub import download_model
 from .data.rows import question_key
+from .models.adapters import base_of_adapter, read_adapter
 from .models.anatomy import base_of, is_vision_language
 from .models.classifier import StepClassifier, load_step_classifier
 from .models.distinct_images import encode_distinct_images
@@ -115,10 +116,10 @@ class ProcessRewardModel(StepScorer):
             model = load_step_classifier(str(folder), step_format.head, **model_init_kwargs)
             return cls(model, load_processing_class(str(folder), vision=False), step_format, Path(model_id).name)
         if is_adapter:
-            peft_config = PeftConfig.from_pretrained(folder)
-            if base_model is None:
-                base_model, base_revision = peft_config.base_model_name_or_path, peft_config.revision
-                model_init_kwargs = {**({"revision": base_revision} if base_revision else {}), **model_init_kwargs}
+            peft_config = read_adapter(folder)
+            if base_model is None and peft_config.revision:
+                model_init_kwargs = {"revision": peft_config.revision, **model_init_kwargs}
+            base_model = base_of_adapter(peft_config, str(model_id), base_model)
         reward_head = "lm" if step_format.head is None else "classification"
         source = base_model if is_adapter else str(folder)
         model = load_model(source, quantization_config, reward_head, **model_init_kwargs)
@@ -131,7 +132,7 @@ class ProcessRewardModel(StepScorer):
             if step_format.head is None:
                 add_marker(model, processing_class, step_format)
             try:
-                model = PeftModel.from_pretrained(model, folder, use_safetensors=True)
+                model = PeftModel.from_pretrained(model, folder, use_safetensors=True, config=peft_config)
             except RuntimeError as error:  # torch lists every tensor of another shape
                 raise ValueError(f"{misfit} of another size: name the base it was trained on (base_model)") from error
         if step_format.head is not None:

@@ -7,16 +7,19 @@ LoRA on the text decoder, with the marker's embedding row. What reaches into PEF
 
 import copy
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from transformers import (
-    PreTrainedModel,
-)
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from .anatomy import decoder_linears
+from .loading import check_safetensors
 
 
 def fill_peft_config(
@@ -53,6 +56,59 @@ def adapted(
     train_marker_in_place(model)
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     return model
+
+
+def read_adapter(folder: Path) -> PeftConfig:
+    """
+    Read the settings of an adapter, ready to be put onto its base.
+
+    The modules that it adapts are those that its weights name: a `target_modules` expression from elsewhere is never
+    run, as one that backtracks would not end.
+
+    Raises:
+        `ValueError`: the folder is no adapter that PEFT knows, names no base, or has pickled weights alone.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind, base = values["peft_type"], values["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the settings of a PEFT adapter ({error!r}): save it again") from error
+    if kind not in list(PeftType):
+        raise ValueError(f"{path}: peft_type is {kind!r}, which this PEFT does not know: expected LORA")
+    if not (base is None or isinstance(base, str)):
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}, expected the id or folder of the base")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        has_pickle = (folder / WEIGHTS_NAME).is_file()
+        raise ValueError(
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}"
+            + (f", only {WEIGHTS_NAME}, a pickle, which is never loaded" if has_pickle else "")
+            + ": save the adapter with PEFT's save_pretrained"
+        )
+    check_safetensors(folder)
+    peft_config = PeftConfig.from_pretrained(folder)
+    if isinstance(peft_config, LoraConfig) and isinstance(peft_config.target_modules, str):
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
+            names = [name.split(".lora_")[0] for name in weights.keys() if ".lora_" in name]
+        peft_config.target_modules = sorted({name.removeprefix("base_model.model.") for name in names})
+        peft_config.exclude_modules = None
+    return peft_config
+
+
+def base_of_adapter(peft_config: PeftConfig, adapter: str, base_model: str | None = None) -> str:
+    """
+    The base to load: `base_model`, or what the adapter names.
+
+    Raises:
+        `ValueError`: it names none, or a folder that is not here.
+    """
+    base = base_model or peft_config.base_model_name_or_path
+    do = "name the base, or the folder that it is in (base_model; --base-model)"
+    if not base:
+        raise ValueError(f"{adapter} is an adapter and does not say of which model: {do}")
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
+        raise ValueError(f"{adapter} is an adapter of {base}, a folder that is not here: {do}")
+    return base
 
 
 def train_marker_in_place(model: PeftModel) -> None:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GenericForTokenClassification
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .anatomy import base_of
+from .loading import check_safetensors, remote_code_refused
 
 
 class StepClassifier(torch.nn.Module):
@@ -54,7 +55,8 @@ def load_step_classifier(folder: str, head: str, **model_init_kwargs: Any) -> St
     Raises:
         `ValueError`: the safetensors of the folder hold no such head, or one of more than two outputs.
     """
-    kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_init_kwargs}
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **model_init_kwargs}
+    check_safetensors(Path(folder))
     tensors = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
@@ -69,7 +71,8 @@ def load_step_classifier(folder: str, head: str, **model_init_kwargs: Any) -> St
     if not layers or layers[-1].out_features > 2:
         got = f"one of {layers[-1].out_features} outputs" if layers else "none"
         raise ValueError(f"{folder}: expected a head of one or two outputs named {head!r} in *.safetensors, got {got}")
-    decoder = AutoModel.from_pretrained(folder, **kwargs)
+    with remote_code_refused(folder):
+        decoder = AutoModel.from_pretrained(folder, **kwargs)
     return StepClassifier(decoder, torch.nn.Sequential(*layers).to(decoder.device, decoder.dtype))
 
 

@@ -23,6 +23,8 @@ IMAGE_TOKENS = {
     "video_token": "<video>",  # the native processor wants one; the checkpoints have none, it stands behind their rows
 }
 
+HINT = "pass a native tokenizer with the same ids (--tokenizer)"
+
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
 CHAT_TEMPLATE = (
@@ -36,7 +38,9 @@ CHAT_TEMPLATE = (
 
 def load_tokenizer(folder: Path, text: str, replacement: str | os.PathLike | None) -> PreTrainedTokenizerBase:
     if replacement is not None:
-        tokenizer = AutoTokenizer.from_pretrained(replacement, extra_special_tokens=IMAGE_TOKENS)
+        tokenizer = AutoTokenizer.from_pretrained(
+            replacement, extra_special_tokens=IMAGE_TOKENS, trust_remote_code=False
+        )
     elif text == "Qwen2ForCausalLM":
         tokenizer = Qwen2Tokenizer.from_pretrained(folder, extra_special_tokens=IMAGE_TOKENS)
     else:
@@ -65,25 +69,14 @@ def _internlm2_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     that piece's id. Raises `ValueError` where the model uses what a fast tokenizer would do differently.
     """
     path = folder / "tokenizer.model"
-    hint = "pass a native tokenizer with the same ids (--tokenizer)"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.model: download it, or {hint}")
-    if not is_protobuf_available():
-        raise ImportError(f"{path} can be read with protobuf only: pip install protobuf, or {hint}")
-    from google.protobuf.message import DecodeError
-
-    proto = import_protobuf().ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise ValueError(f"{path} is no sentencepiece model ({error}): download it again") from error
+    proto = _sentencepiece_model(path)
     kinds = {kind: {piece.piece for piece in proto.pieces if piece.type == kind} for kind in range(1, 7)}
     unknown, control, user_defined, unused, byte = (kinds[kind] for kind in (2, 3, 4, 5, 6))
     spec = proto.normalizer_spec
     settings = read_json(folder / "tokenizer_config.json")
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     if missing := {"added_tokens_decoder", *names} - settings.keys():
-        raise ValueError(f"{folder / 'tokenizer_config.json'} lacks {', '.join(sorted(missing))}: {hint}")
+        raise ValueError(f"{folder / 'tokenizer_config.json'} lacks {', '.join(sorted(missing))}: {HINT}")
     added = {int(index): AddedToken(**token) for index, token in settings["added_tokens_decoder"].items()}
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     scores = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -99,7 +92,7 @@ def _internlm2_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         ("merges into unused pieces", any(left + right in unused for left, right in merges)),
     ):
         if wrong:
-            raise ValueError(f"{path} has {trait}, which a fast tokenizer does differently: {hint}")
+            raise ValueError(f"{path} has {trait}, which a fast tokenizer does differently: {HINT}")
     pieces = [piece.piece for piece in proto.pieces]
     for index, token in added.items():
         if index < len(pieces):
@@ -112,17 +105,14 @@ def _internlm2_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         byte_fallback=proto.trainer_spec.byte_fallback,
     )
     tokenizer = Tokenizer(model)
-    prefix = [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    _write_spaces_as_underscores(tokenizer, spec.add_dummy_prefix)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in sorted(user_defined, key=vocab.get)])
     tokenizer.add_tokens([added[index] for index in sorted(added)])
     for index, token in added.items():
         if tokenizer.token_to_id(token.content) != index:
             raise ValueError(
                 f"{folder / 'tokenizer_config.json'} gives {token.content!r} the id {index}, after {path.name} it would "
-                f"be {tokenizer.token_to_id(token.content)}: {hint}"
+                f"be {tokenizer.token_to_id(token.content)}: {HINT}"
             )
     special = {name: settings[name] for name in names}
     bos = special["bos_token"]
@@ -137,6 +127,30 @@ def _internlm2_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         extra_special_tokens=IMAGE_TOKENS,
         **special,
     )
+
+
+def _sentencepiece_model(path: Path) -> Any:
+    """The protobuf message in `tokenizer.model`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no tokenizer.model: download it, or {HINT}")
+    if not is_protobuf_available():
+        raise ImportError(f"{path} can be read with protobuf only: pip install protobuf, or {HINT}")
+    from google.protobuf.message import DecodeError
+
+    proto = import_protobuf().ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path} is no sentencepiece model ({error}): download it again") from error
+    return proto
+
+
+def _write_spaces_as_underscores(tokenizer: Tokenizer, dummy_prefix: bool) -> None:
+    """As sentencepiece does, with one before the text where it adds a dummy prefix."""
+    prefix = [normalizers.Prepend("▁")] if dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if dummy_prefix else [])])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,11 +7,15 @@ Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`: transfo
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +28,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..prompting.rendering import render_prefixes
+from ..prompting.rendering import render_prefix_text, render_prefixes
 from ..prompting.step_format import StepFormat
 from ..prompting.tokens import ProcessingClass, tokenizer_of
 from .anatomy import base_of, is_vision_language, modules_beside_decoder
@@ -54,8 +58,10 @@ def load_model(
     """
     if (Path(model_id) / "adapter_config.json").is_file():
         raise ValueError(f"{model_id} is an adapter: name its base here, or score it with ProcessRewardModel")
-    kwargs = {"dtype": torch.float32, "use_safetensors": True, **model_init_kwargs}
-    config = AutoConfig.from_pretrained(model_id, **shared_load_kwargs(kwargs))
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **model_init_kwargs}
+    check_safetensors(Path(model_id))
+    with remote_code_refused(model_id):
+        config = AutoConfig.from_pretrained(model_id, **shared_load_kwargs(kwargs))
     auto = AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
     if reward_head == "classification":
         if is_vision_language(config):
@@ -68,26 +74,60 @@ def load_model(
     if quantization_config is not None:
         quantization_config = copy.deepcopy(quantization_config)
         with torch.device("meta"):
-            empty = auto.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+            empty = auto.from_config(config, trust_remote_code=kwargs["trust_remote_code"])
         quantization_config.llm_int8_skip_modules = modules_beside_decoder(empty)
         kwargs["quantization_config"] = quantization_config
-    model = auto.from_pretrained(model_id, **kwargs)
+    with remote_code_refused(model_id):
+        model = auto.from_pretrained(model_id, **kwargs)
     keep_4bit_gradients_on_cpu(model)
     return model
 
 
 def shared_load_kwargs(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments that config and processor share with the weights."""
-    return {key: model_init_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_init_kwargs}
+    """The keyword arguments that config and processor share with the weights; remote code is refused, never asked for."""
+    shared = {key: model_init_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_init_kwargs}
+    return {"trust_remote_code": False, **shared}
+
+
+@contextmanager
+def remote_code_refused(model_id: str) -> Iterator[None]:
+    """Say what to do where a model comes with code of its own. Without `trust_remote_code` transformers asks for a `y`."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{model_id} comes with code of its own, which is not run: convert it (`trl-mprm convert`, for internvl_chat "
+            "checkpoints), take a copy in transformers' own format (often named -hf), or pass trust_remote_code=True "
+            "if you have read the code"
+        ) from error
+
+
+def check_safetensors(folder: Path) -> None:
+    """Raise `ValueError` for the first *.safetensors file in a local folder that is no whole one."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            with path.open("rb") as file:
+                pointer = file.read(64).startswith(b"version https://git-lfs")
+            what = (
+                "is a Git LFS pointer, not the weights: run `git lfs pull`"
+                if pointer
+                else (f"is cut short or damaged ({error}): download or save it again")
+            )
+            raise ValueError(f"{path} {what}") from error
 
 
 def load_processing_class(model_id: str, vision: bool, **kwargs: Any) -> ProcessingClass:
     """Load the processor of a vision-language model, or the tokenizer of a text-only one."""
-    if not vision:
-        return AutoTokenizer.from_pretrained(model_id, **kwargs)
-    processor = AutoProcessor.from_pretrained(model_id, **kwargs)
+    kwargs = {"trust_remote_code": False, **kwargs}
+    with remote_code_refused(model_id):
+        processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(model_id, **kwargs)
     # AutoProcessor returns a bare tokenizer, without a word, where it does not know the processor class.
-    if not isinstance(processor, ProcessorMixin):
+    if vision and not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"expected a processor for images and text in {model_id}, got {type(processor).__name__}: "
             "the folder lacks processor files, save the model's processor there"
@@ -118,6 +158,23 @@ def check_processing_class(model: torch.nn.Module, processing_class: ProcessingC
         raise ValueError(
             f"a picture goes to {name} as token {token}, which this {got} does not write: give the processor of the "
             "model itself"
+        )
+
+
+def check_template(processing_class: ProcessingClass) -> None:
+    """Raise `ValueError` where the chat template cannot be rendered, or leaves the question out."""
+    question = "How many of the 7 tiles are red?"
+    try:
+        text = render_prefix_text({"prompt": question}, processing_class)
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template of {processing_class.name_or_path or type(processing_class).__name__} cannot be rendered "
+            f"({error}): take the model's own chat_template"
+        ) from error
+    if question not in text:
+        raise ValueError(
+            f"the chat template leaves the question out: it renders {question!r} as {text!r:.80}; take the model's own "
+            "chat_template"
         )
 
 

@@ -107,6 +107,7 @@ class StepFormat:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            _check_types(values)
             messages = values.get("messages")
             return cls(
                 values["marker"],
@@ -121,3 +122,18 @@ class StepFormat:
             raise ValueError(
                 f"{path}: expected marker, reward_tokens and joiner ({error!r}): save it again"
             ) from error
+
+
+def _check_types(values: dict) -> None:
+    """Raise `TypeError` for the first value that is none of a [`StepFormat`], as text where two tokens are named."""
+    texts = dict.fromkeys(("marker", "joiner"), "text") | dict.fromkeys(
+        ("answer", "head", "loss_type"), "text or null"
+    )
+    for name, expected in texts.items():
+        if not isinstance(values.get(name), str) and (expected == "text" or values.get(name) is not None):
+            raise TypeError(f"{name} is {values.get(name)!r}, expected {expected}")
+    tokens, messages = values["reward_tokens"], values.get("messages")
+    if not isinstance(tokens, list) or len(tokens) != 2 or not all(isinstance(token, str) for token in tokens):
+        raise TypeError(f"reward_tokens is {tokens!r}, expected a list of two texts")
+    if messages is not None and not (isinstance(messages, list) and all(isinstance(pair, list) for pair in messages)):
+        raise TypeError(f"messages is {messages!r:.60}, expected a list of pairs of role and text, or null")

@@ -157,7 +157,12 @@ class DataCollatorForProcessReward:
         self, rows: list[dict[str, Any]], same_prompt: bool = False
     ) -> tuple[list[dict[str, Any]], list[Rendered], dict[str, torch.Tensor], list[int]]:
         """Render rows and cut those that are too long; what is read, and how many rows, steps and labels were not."""
-        rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
+        try:
+            rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
+        except ValueError:
+            for row in rows:  # a processor that refuses a picture of a batch does not say whose
+                render_rows([row], self.processing_class, self.step_format)
+            raise
         fitting, dropped = [], [0, 0, 0]
         for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
             if self.max_length is None or len(tokens.input_ids) <= self.max_length:

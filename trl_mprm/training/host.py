@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -27,6 +28,7 @@ from ..files import write_json
 from ..models.anatomy import base_of, is_vision_language
 from ..models.reader import StepReader
 from ..models.shared_prefix import can_share_prefix
+from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .config import ProcessRewardConfig
 from .sampling import EpochSampler, NumberedRows, by_length, by_prompt, prompt_groups, undecoded, with_lengths
 
@@ -97,22 +99,6 @@ class DecoderInputGradients(TrainerCallback):
         base.get_decoder().enable_input_require_grads()
 
 
-def last_whole_checkpoint(folder: str | os.PathLike) -> str:
-    """
-    The last checkpoint in `folder` that was written to its end.
-
-    Trainer writes a checkpoint in place and `trainer_state.json` last: where a run was killed, it is missing or cut.
-    """
-    for checkpoint in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            logger.warning(f"{checkpoint} was not written to its end: looking at the one before")
-        else:
-            return str(checkpoint)
-    raise ValueError(f"{folder} has no whole checkpoint to resume from: expected checkpoint-*/{TRAINER_STATE_NAME}")
-
-
 class HostedTrainer(Trainer):
     """The overrides of Trainer that have nothing to do with rewards: rows, order, checkpoints, the Hub."""
 
@@ -141,7 +127,32 @@ class HostedTrainer(Trainer):
         """As in [`~transformers.Trainer`]; with `True`, from the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, **kwargs)
+        elif resume_from_checkpoint:  # without an optimizer's state Trainer would begin a new one, and say nothing
+            check_checkpoint(resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, **kwargs)
+        self._check_weights()
+        return output
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer does, which would log the mean of earlier losses where one is not finite, and go on."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of step {self.state.global_step + 1} is {loss.item()}{self._diverged()}")
+        return loss
+
+    def _check_weights(self) -> None:
+        """Raise `ValueError` where a trained weight of this process is not finite."""
+        for name, parameter in self.model.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.requires_grad and not torch.isfinite(local).all():
+                raise ValueError(f"{name} is not finite after step {self.state.global_step}{self._diverged()}")
+
+    def _diverged(self) -> str:
+        rate = self._get_learning_rate() if self.lr_scheduler is not None else self.args.learning_rate
+        return (
+            f" (learning rate {rate:.3g}): the run stops, nothing is saved; lower learning_rate, or train in bf16 or "
+            "float32, from a checkpoint before"
+        )
 
     # ---- rows and their order
 
@@ -200,7 +211,9 @@ class HostedTrainer(Trainer):
             if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
-                saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
+                saved = type(model).from_pretrained(
+                    resume_from_checkpoint, config=model.config, dtype=model.dtype, use_safetensors=True
+                )
                 model.load_state_dict(saved.state_dict())
         except (KeyError, RuntimeError) as error:  # torch lists every tensor of another shape
             raise ValueError(
@@ -217,6 +230,7 @@ class HostedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As Trainer does, without its pickle of the arguments: nothing here reads it, and a Hub token may be in it."""
+        self._check_weights()
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:

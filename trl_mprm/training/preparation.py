@@ -10,6 +10,7 @@ from ..models.distinct_images import encode_distinct_images
 from ..models.loading import (
     add_marker,
     check_processing_class,
+    check_template,
     keep_4bit_gradients_on_cpu,
     load_model,
     load_processing_class,
@@ -52,6 +53,7 @@ def prepare_model(
     if args.reward_head == "classification":
         check_classifier(model)
     else:
+        check_template(processing_class)
         add_marker(model, processing_class, args.step_format)
     if is_vision_language(model.config):
         encode_distinct_images(base_of(model))

@@ -51,8 +51,16 @@ def prompt_groups(dataset: Dataset) -> list[list[int]]:
     return list(groups.values())
 
 
+def unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows as plain Python values, whatever `with_format` asked for; a transform of one's own stays."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset
+    return dataset.with_format(None)
+
+
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The same rows with pictures as they are stored: who opens one can name the row where it is broken."""
+    dataset = unformatted(dataset)
     if (dataset.features or {}).get("images") != List(Image()):
         return dataset
     if isinstance(dataset, IterableDataset):

@@ -8,14 +8,14 @@ rollouts by made ones. Selection, adapter, 4-bit weights, collator, loss and opt
 """
 
 import argparse
+import json
+import random
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
+from PIL import Image
 
-from ..demo.corpus import write_corpus
-from ..demo.settings import DEMO
 from ..models.tiny import tiny_model
 
 
@@ -36,7 +36,33 @@ STAND_INS = {
 
 STEPS = 2
 
-PROBLEMS = 40
+QUESTIONS, SOLUTIONS = 40, 4  # enough for two steps of any recipe's batch on a tenth of them
+
+
+def made_rollouts(folder: Path) -> Path:
+    """Write annotated rollouts of two sources into `folder`, raw as VisualPRM400K's: solutions of coloured pictures."""
+    draw = random.Random(0)
+    (folder / "annotations").mkdir(parents=True)
+    for source in ("tiles", "bars"):
+        lines = []
+        for question in range(QUESTIONS // 2):
+            picture = f"{source}-{question}.png"
+            Image.new("RGB", (56, 56), tuple(draw.choices(range(256), k=3))).save(folder / picture)
+            for _ in range(SOLUTIONS):
+                counts = sorted((draw.choice((0, 3, 16)) for _ in range(draw.randint(1, 4))), reverse=True)
+                steps = [
+                    {
+                        "step": f"{number} of {question}",
+                        "score": count / 16,
+                        "num_mc_correct": count,
+                        "num_mc_total": 16,
+                    }
+                    for number, count in enumerate(counts)
+                ]
+                row = {"image": picture, "question": f"<image>\nHow many {source} are red?", "steps_with_score": steps}
+                lines.append(json.dumps(row) + "\n")
+        (folder / "annotations" / f"{source}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
 
 
 def cut_down(argv: list[str], folder: Path) -> tuple[list[str], list[list]]:
@@ -75,8 +101,7 @@ def cut_down(argv: list[str], folder: Path) -> tuple[list[str], list[list]]:
     architecture = next((kind for word, kind in STAND_INS.items() if word in Path(model).name.lower()), None)
     if architecture is None:
         raise ValueError(f"no tiny model stands in for {model}: expected a name with one of {', '.join(STAND_INS)}")
-    corpus = folder / "rollouts"
-    made = write_corpus(corpus, PROBLEMS, DEMO.policy, np.random.default_rng(0), options=DEMO.options)
+    corpus = made_rollouts(folder / "rollouts")
     change = {
         "model_name_or_path": tiny_model(architecture, folder / "model"),
         "dataset_name": corpus / "annotations",
@@ -94,7 +119,7 @@ def cut_down(argv: list[str], folder: Path) -> tuple[list[str], list[list]]:
     accumulation, steps = recipe.get("gradient_accumulation_steps", 1), recipe.get("max_steps", "a whole run")
     told = [
         ["model", model, f"tiny random {architecture}"],
-        ["rollouts", recipe.get("dataset_name"), f"{made['rollouts']} of the miniature"],
+        ["rollouts", recipe.get("dataset_name"), f"{QUESTIONS * SOLUTIONS}, made up"],
         ["optimizer steps", steps, STEPS],
         ["gradient accumulation", accumulation, 1],
         ["evaluation", recipe.get("eval_dataset_name"), "on the same rollouts"],

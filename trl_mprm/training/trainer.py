@@ -23,7 +23,7 @@ from .config import ProcessRewardConfig
 from .host import HostedTrainer, check_sharing, host_args, one_forward_per_batch
 from .loss import weighted_losses
 from .preparation import adapt_model, describe_model, prepare_model
-from .sampling import undecoded, with_lengths
+from .sampling import undecoded, unformatted, with_lengths
 
 
 class ProcessRewardTrainer(HostedTrainer):
@@ -80,6 +80,7 @@ class ProcessRewardTrainer(HostedTrainer):
         if args is None:
             model_id = model if isinstance(model, str) else model.name_or_path
             args = ProcessRewardConfig(f"{Path(model_id).name or 'model'}-PRM")
+        train_dataset, eval_dataset = (_map(rows, unformatted) for rows in (train_dataset, eval_dataset))
         datasets = named_datasets(train_dataset, eval_dataset)
         for name, dataset in datasets:
             check_dataset(dataset, name, args.loss_type, args.source_weights is not None)
@@ -131,6 +132,7 @@ class ProcessRewardTrainer(HostedTrainer):
             one_forward_per_batch(self.model, self.reader)
         self.model.add_model_tags(self._tag_names)
         self.overlong, self.eval_overlong = torch.zeros(2, 3, dtype=torch.long)
+        self.steps_read = 0
         if self.is_world_process_zero():
             print(describe_model(self.model, args.optim))
 
@@ -161,6 +163,7 @@ class ProcessRewardTrainer(HostedTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         self.overlong = _added(self.overlong, inputs)
         logits, losses, _ = self.read(model, inputs)
+        self.steps_read += len(losses)
         if num_items_in_batch is None:
             loss = losses.sum() / max(1, len(losses))
         else:
@@ -229,7 +232,20 @@ class ProcessRewardTrainer(HostedTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if not any(name.startswith("eval_") for name in logs):  # an evaluation has its own
             logs = {**logs, **self._gathered(self.overlong)}
+            if "train_loss" in logs or (self.state.epoch or 0) >= 1:  # every row has been seen
+                self._check_taught(logs)
         super().log(logs, *args, **kwargs)
+
+    def _check_taught(self, dropped: dict[str, float]) -> None:
+        """Raise `ValueError` where every row was too long: nothing was learnt."""
+        if (
+            dropped.get("overlong_rows")
+            and not self.accelerator.gather(torch.tensor(self.steps_read, device=self.args.device)).any()
+        ):
+            raise ValueError(
+                f"no labelled step of {dropped['overlong_rows']} rows is left to train on, they are longer than "
+                f"max_length {self.args.max_length}: raise max_length"
+            )
 
     def _gathered(self, overlong: torch.Tensor) -> dict[str, int]:
         """Rows, steps and labelled steps that all processes dropped; empty where no row can be too long."""
