@@ -139,6 +139,45 @@ def test_all_forms_of_map_give_equal_columns(tmp_path):
     assert {name: [row[name] for row in arrow_stream] for name in COLUMNS} == expected
 
 
+def formatted(form, stream):
+    if form == "polars":
+        pytest.importorskip("polars")
+    data = Dataset.from_dict({"mc_scores": [[1.0, None], [0.5, 0.0], [0.0, 1.0]], "source": ["x"] * 3})
+    return (data.to_iterable_dataset() if stream else data).with_format(form)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "polars"])
+def test_a_format_that_loses_what_was_not_measured_is_refused_with_the_call_that_helps(form, batched, stream):
+    data = formatted(form, stream)
+    with pytest.raises(ValueError, match=r"call dataset.with_format\(None\) first"):
+        list(data.map(add_bis, batched=batched))
+    expected = list(formatted(None, stream).map(add_bis))
+    assert list(data.with_format(None).map(add_bis, batched=batched)) == expected
+    arrow = data.with_format("arrow").map(add_bis, batched=batched).with_format(None)
+    assert list(arrow) == expected and expected[0]["bis_n_steps"] == 1
+
+
+@pytest.mark.parametrize("steps", [["0.5"], [None, 0.5], [[0.5]], [3]])
+def test_a_raw_step_that_is_none_makes_the_row_invalid(steps):
+    for row in ({"steps_with_score": steps}, {"steps_with_score": [steps], "source": ["x"]}):
+        if not isinstance(steps[0], list) or "source" in row:
+            assert add_bis(row)["bis"] in (None, [None])
+
+
+def test_an_arrow_column_that_holds_no_lists():
+    for column in ({"mc_scores": [0.5]}, {"steps_with_score": ["text"]}, {"mc_scores": [{"a": 1}]}):
+        with pytest.raises(ValueError, match="expected a column of lists, one score"):
+            add_bis(pa.table(column))
+    assert add_bis(pa.table({"mc_scores": pa.array([[0.5, 0.0]], pa.large_list(pa.float32()))}))["bis"][0].as_py() > 0
+    assert (
+        add_bis(pa.table({"mc_scores": [None]}))["bis"].to_pylist() == [add_bis({"mc_scores": None})["bis"]] == [None]
+    )
+    raw = pa.table({"steps_with_score": [["0.5"]]})  # lists of text: no step has a score
+    assert add_bis(raw)["bis"].to_pylist() == [None]
+
+
 def test_mapping_twice_replaces_the_columns():
     data = Dataset.from_dict({"mc_scores": [[0.5, 0.0]]}).with_format("arrow")
     twice = data.map(add_bis, batched=True, fn_kwargs={"alpha": 0.05}).map(add_bis, batched=True)

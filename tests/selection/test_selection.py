@@ -278,7 +278,7 @@ def test_the_predicate_filters_datasets_in_every_form(tmp_path):
     best = top_fraction(data, 0.3)
     assert best.report == top_fraction(data.with_format("arrow"), 0.3).report
     assert best == top_fraction(data.with_format("numpy"), 0.3)
-    for form in (None, "numpy", "pandas"):
+    for form in (None, "numpy", "pandas", "torch"):
         for batched in (False, True):
             kept = data.with_format(form).filter(best, batched=batched, load_from_cache_file=False)
             assert tuple(kept.with_format(None)["rollout_id"]) == best.kept

@@ -140,16 +140,21 @@ def _plain_scores(steps: list) -> list[float]:
 
 
 def _raw_scores(steps: list[dict]) -> list[float]:
+    steps = [step if isinstance(step, dict) else {} for step in steps]  # {}: a step without a score is broken
     return [_number(step.get("score")) for step in steps if is_measured(step.get("num_mc_total"))]
 
 
 def _scores_from_arrow(column: pa.ChunkedArray, raw: bool) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.compute as pc  # a tenth of a second: a selection from files has no use for it
 
+    if pa.types.is_null(column.type):  # no row has any
+        column = column.cast(pa.list_(pa.float64()))
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        raise ValueError(f"expected a column of lists, one score (or one raw step) per step, got {column.type}")
     steps = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     rollout, flat = pc.list_parent_indices(steps).to_numpy(), pc.list_flatten(steps)
     if raw:
-        fields = {field.name for field in flat.type}
+        fields = {field.name for field in flat.type} if pa.types.is_struct(flat.type) else set()
         measured = np.ones(len(flat), bool)
         if "num_mc_total" in fields:
             total = pc.struct_field(flat, "num_mc_total")
@@ -173,8 +178,8 @@ class _AddBIS:
     """
     Add the Balanced-Information Score of a rollout: columns `bis`, `bis_p_pos`, `bis_reliability` and `bis_n_steps`.
 
-    Works as `map(add_bis)`, `map(add_bis, batched=True)`, on `with_format("arrow")` with `batched=True`, and on an
-    `IterableDataset`, with equal results. Reads `mc_scores` (null: step not measured) or raw `steps_with_score`. A
+    Works as `map(add_bis)`, `map(add_bis, batched=True)`, on `with_format("arrow")`, and on an `IterableDataset`, with
+    equal results; other formats (numpy, torch, pandas, polars) are refused, `with_format(None)` helps. Reads `mc_scores` (null: step not measured) or raw `steps_with_score`. A
     rollout that cannot be scored (no measured step, a score that is no number in [0, 1]) gets nulls in the first
     three columns.
 
@@ -200,9 +205,7 @@ class _AddBIS:
 
     def __call__(self, row: Mapping | pa.Table, alpha: float = ALPHA) -> dict | pa.Table:
         if not isinstance(row, (Mapping, pa.Table)):
-            raise ValueError(
-                f"add_bis reads dicts or Arrow tables, got {type(row).__name__}: .with_format(None) first"
-            )
+            raise _other_format(row)
         one = isinstance(row, Mapping) and not _is_batch(row)
         if one:
             row = {name: [row[name]] for name in ("mc_scores", "steps_with_score") if name in row}
@@ -219,11 +222,21 @@ class _AddBIS:
         return {name: column[0].as_py() if one else column.to_pylist() for name, column in columns.items()}
 
 
+def _other_format(got: object) -> ValueError:
+    """numpy, torch and pandas have NaN for a step that was not measured, which is no broken score: not guessed here."""
+    return ValueError(
+        f"add_bis reads rows as plain lists or as Arrow tables, got {type(got).__name__}: call "
+        "dataset.with_format(None) first (batched=True is as fast)"
+    )
+
+
 def _is_batch(row: Mapping) -> bool:
     steps = row["mc_scores"] if "mc_scores" in row else row["steps_with_score"] if "steps_with_score" in row else None
     if steps is not None and not isinstance(steps, list):
-        raise ValueError(f"expected a list of scores, got {type(steps).__name__}: .with_format(None) first")
+        raise _other_format(steps)
     kinds = {type(step) for step in steps or [] if step is not None}
+    if odd := kinds - {list, dict, int, float, bool, str}:
+        raise _other_format(next(step for step in steps if type(step) in odd))
     if kinds:
         return list in kinds
     # No step, or only nulls: a row without a score, or a batch of rows without steps. Another column tells.

@@ -87,7 +87,8 @@ def top_fraction(
             Seed of the hash.
 
     Returns:
-        [`Selection`]: A predicate for `.filter` (with `batched=True` in arrow format), with `.report`.
+        [`Selection`]: A predicate for `.filter`, with `.report`. In the formats arrow and polars pass `batched=True`:
+        `datasets` does not filter these row by row.
 
     Examples:
     ```python
