@@ -135,15 +135,23 @@ class ImageFinder:
         return path.startswith(os.path.join(self.root, ""))
 
 
-def find_images(record: dict, finder: ImageFinder) -> list[dict]:
-    """The images of a record as [`~datasets.Image`] stores them: a path, or bytes. Raises [`Refused`]."""
-    images = []
-    for image in image_list(record):
-        found = finder.look(image)
-        if isinstance(found, Refused):
-            raise Refused(found.reason, found.detail)  # a new one: the finder hands it out again
-        images.append({"path": found, "bytes": None} if isinstance(found, str) else {"path": None, "bytes": found})
-    return images
+def find_images(record: dict, finder: ImageFinder, keep_missing: bool = False) -> list[dict]:
+    """
+    The images of a record as [`~datasets.Image`] stores them: a path, or bytes. Raises [`Refused`].
+
+    With `keep_missing`, images that are not there are paths too: where they would be, below the root.
+    """
+    images = image_list(record)
+    found = [finder.look(image) for image in images]
+    fault = next((each for each in found if isinstance(each, Refused)), None)
+    if fault is not None and keep_missing and fault.reason == Reason.IMAGE_MISSING:
+        found = [ImageFinder(None, check=False).find(image) for image in images]
+        found = [os.path.join(finder.root or "", each) if isinstance(each, str) else each for each in found]
+    elif fault is not None:
+        raise Refused(fault.reason, fault.detail)  # a new one: the finder hands it out again
+    return [
+        {"path": each, "bytes": None} if isinstance(each, str) else {"path": None, "bytes": each} for each in found
+    ]
 
 
 def check_file(path: str, flags: int = 0) -> bool:

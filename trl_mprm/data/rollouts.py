@@ -22,9 +22,10 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -55,6 +56,9 @@ FEATURES = Features(
         "rollout_id": Value("string"),
     }
 )
+
+# Of rows without their images: `filter` hands over whole rows, and would open what is not there.
+UNDECODED = Features({**FEATURES, "images": List(Image(decode=False))})
 
 
 class Refusal(NamedTuple):
@@ -104,7 +108,9 @@ def load_rollouts(
             dataset on the Hub: its `annotations.zip` where there is one, else one of its splits.
             [`~trl_mprm.data.formats`] has the formats of a row, [`~trl_mprm.data.splits`] the rules for folders.
         image_root (`str` or path, *optional*):
-            Folder of the images. Image paths stay inside it. Defaults to the folder of each file.
+            Folder of the images. Image paths stay inside it. Defaults to the folder of each file; if not one image is
+            found there, the annotations came without them, and rows keep the paths where they would be, which are not
+            opened. Such rows can be scored, filtered and selected; a training refuses them.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a data set: on the Hub, or a folder whose names tell of splits (`train.jsonl`, `data/test-*.parquet`,
             `train/*.jsonl`, a saved `DatasetDict`), as `datasets.load_dataset` finds them. Who names a file means that
@@ -138,12 +144,22 @@ def load_rollouts(
     options = {"image_root": image_root, "drop_answer_step": drop_answer_step, "split": split, "name": name}
     if streaming:
         parts = _parts(path_or_hub_id, split, name)
-        return IterableDataset.from_generator(
-            _rows, features=FEATURES, gen_kwargs={"parts": parts, "streaming": True, **options}
-        )
-    refused: list[str] = []
-    rows = _rows([path_or_hub_id], refused=refused, **options)
-    path, n_rows = _write_arrow(rows)
+        first = chain.from_iterable(read_rollouts(part, streaming=True, **options) for part in parts)
+        keep_missing = image_root is None and _came_without_images(islice(first, STREAM_AHEAD))
+        if keep_missing:
+            logger.warning(NO_IMAGES, path_or_hub_id)
+        options |= {"parts": parts, "streaming": True, "keep_missing": keep_missing}
+        features = UNDECODED if keep_missing else FEATURES
+        return IterableDataset.from_generator(_stream, features=features, gen_kwargs=options)
+    tally, features = _Tally(), FEATURES
+    path, n_rows = _write_arrow(tally.rows(read_rollouts(path_or_hub_id, **options)))
+    if image_root is None and tally.came_without_images:
+        logger.warning(NO_IMAGES, path_or_hub_id)
+        tally, features = _Tally(), UNDECODED
+        path, n_rows = _write_arrow(tally.rows(read_rollouts(path_or_hub_id, keep_missing=True, **options)))
+    refused = describe_refusals(tally.refusals)
+    for line in refused:
+        logger.warning(line)
     if not n_rows:
         raise ValueError(
             f"{path_or_hub_id}: no row can be used. {'; '.join(refused) or 'No rows at all.'} "
@@ -152,7 +168,7 @@ def load_rollouts(
         )
     table = datasets.table.MemoryMappedTable.from_file(str(path))
     # The fingerprint is the content: `map` finds its cache again in the next run, and never a stale one.
-    return Dataset(table, info=DatasetInfo(features=FEATURES), fingerprint=path.stem)
+    return Dataset(table, info=DatasetInfo(features=features), fingerprint=path.stem)
 
 
 def _saved(folder: Path, split: str) -> Dataset | None:
@@ -180,32 +196,52 @@ def _parts(inputs: Paths, split: str, name: str | None) -> list[Paths]:
     return parts
 
 
-def _rows(
-    parts: list[Paths],
-    image_root: str | os.PathLike | None,
-    drop_answer_step: bool,
-    split: str,
-    name: str | None,
-    streaming: bool = False,
-    refused: list[str] | None = None,
-) -> Iterator[dict]:
-    """The rows that can be used; at the end a warning for each reason why others cannot, also put into `refused`."""
-    refusals = []
-    for part in parts:
-        for item in read_rollouts(part, image_root, True, drop_answer_step, streaming, split, name):
+NO_IMAGES = (
+    "%s: not one image of these rollouts is on this disk. They can be scored, filtered and selected; to train on them, "
+    "pass the folder of the images as image_root"
+)
+
+STREAM_AHEAD = 1000  # rows of a stream by which it is decided whether the annotations came without their images
+
+
+@dataclass
+class _Tally:
+    """What became of rows that were read: the refused ones, and whether any image was found."""
+
+    refusals: list[Refusal] = field(default_factory=list)
+    found: bool = False
+
+    def rows(self, items: Iterable[Rollout | Refusal]) -> Iterator[dict]:
+        """The rows that can be used."""
+        for item in items:
             if isinstance(item, Rollout):
+                self.found = self.found or bool(item.row["images"])
                 yield item.row
-                continue
-            if image_root is None and item.reason is Reason.IMAGE_MISSING and is_hub_id(part):
-                raise ValueError(
-                    f"{part} names images that are not on this disk ({item.file}:{item.line}): download and "
-                    "unpack the images of that dataset, and pass their folder as image_root"
-                )
-            refusals.append(item)
-    for line in describe_refusals(refusals):
+            else:
+                self.found = self.found or item.reason is Reason.IMAGE_UNREADABLE
+                self.refusals.append(item)
+
+    @property
+    def came_without_images(self) -> bool:
+        """Whether images are missing and not one was found: rows that have none say nothing about it."""
+        return not self.found and any(refusal.reason is Reason.IMAGE_MISSING for refusal in self.refusals)
+
+
+def _came_without_images(items: Iterable[Rollout | Refusal]) -> bool:
+    tally = _Tally()
+    for _ in tally.rows(items):
+        if tally.found:
+            return False
+    return tally.came_without_images
+
+
+def _stream(parts: list[Paths], **options: Any) -> Iterator[dict]:
+    """The rows that can be used; at the end a warning for each reason why others cannot."""
+    tally = _Tally()
+    for part in parts:
+        yield from tally.rows(read_rollouts(part, **options))
+    for line in describe_refusals(tally.refusals):
         logger.warning(line)
-        if refused is not None:
-            refused.append(line)
 
 
 def read_rollouts(
@@ -216,6 +252,7 @@ def read_rollouts(
     streaming: bool = False,
     split: str = "train",
     name: str | None = None,
+    keep_missing: bool = False,
 ) -> Iterator[Rollout | Refusal]:
     """
     Read rollouts one by one: a [`Rollout`] for each row that can be used, a [`Refusal`] for each that cannot.
@@ -223,7 +260,7 @@ def read_rollouts(
     An image is checked once, by its header and its last bytes: a known format, at most `MAX_PIXELS` pixels, the end
     mark of PNG or JPEG present. Only a file without that mark is decoded. `check_images=False` leaves image paths as
     they are and does not look for the files. `streaming` concerns datasets on the Hub alone. `split` and `name` are those
-    of [`load_rollouts`].
+    of [`load_rollouts`]. `keep_missing` keeps rows whose images are not there, with the paths where they would be.
 
     Examples:
     ```python
@@ -245,7 +282,7 @@ def read_rollouts(
             finders[root] = ImageFinder(root, check_images)
         try:
             row = to_row(record, drop_answer_step)
-            row["images"] = find_images(record, finders[root])
+            row["images"] = find_images(record, finders[root], keep_missing)
             # Known by file and line, not by its own source: two files may share a source.
             row["source"] = own_text(record, "source") or source
             row["rollout_id"] = own_text(record, "rollout_id") or f"{source}:{number}"

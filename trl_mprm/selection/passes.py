@@ -40,6 +40,7 @@ from .rules import CutSpec
 from .summary import (
     IMAGE_MISSING,
     KIND,
+    NO_IMAGES,
     REASONS,
     Scores,
     Summary,
@@ -329,6 +330,8 @@ class _Rows:
         if reason == IMAGE_MISSING:  # and if images are not looked for?
             found = [*map(self.unread.look, images)]
             unread = _fault(found)
+        elif reason < 0 and not found:
+            unread = NO_IMAGES
         return self._state(source, reason, unread), group_hash(source, prompt, found) if unread < 0 else 0
 
     def _state(self, source: str, reason: int, unread: int) -> int:

@@ -78,7 +78,8 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
         numbers["error_step_share"] = 1 - int((count * n_pos).sum()) / max(steps, 1)
         numbers["mean_mc"] = math.fsum(count * kinds["mc_sum"]) / max(steps, 1)  # exact, so in any order
     names = summary.sources if source is None else [source]
-    found = [len(summary.groups.get((name, check_images), ())) for name in names]
+    # A row without images has found all of them.
+    found = [len(summary.groups.get((name, seen), ())) for name in names for seen in {True, check_images}]
     if n:
         numbers["mean_group_size"] = n / max(sum(found) * 2**summary.halved, 1)
     return numbers

@@ -25,7 +25,12 @@ REASONS = (*map(str, Reason), "no_score")
 
 IMAGE_MISSING = REASONS.index(Reason.IMAGE_MISSING)
 
-# `reason` is -1 for a row that can be used; `unread` is what it is if images are not looked for.
+IMAGE_UNREADABLE = REASONS.index(Reason.IMAGE_UNREADABLE)
+
+# `reason` is -1 for a row that can be used; `unread` is what it is if images are not looked for, and `NO_IMAGES` where a
+# row that can be used has none.
+NO_IMAGES = -2
+
 KIND = np.dtype(
     [("source", "i4"), ("reason", "i1"), ("unread", "i1"), ("n_steps", "u4"), ("n_pos", "u4"), ("mc_sum", "f8")]
 )
@@ -93,9 +98,15 @@ class Scores:
     words: np.ndarray | None = None
 
 
+def came_without_images(kinds: np.ndarray) -> bool:
+    """Whether images are missing and not one was found: rows that have none say nothing about it."""
+    found = (kinds["reason"] < 0) & (kinds["unread"] != NO_IMAGES) | (kinds["reason"] == IMAGE_UNREADABLE)
+    return bool((kinds["reason"] == IMAGE_MISSING).any() and not found.any())
+
+
 def reason_of_kinds(kinds: np.ndarray, check_images: bool) -> np.ndarray:
     """Of each kind: the number of the reason why it is refused, -1 if it can be used."""
-    return kinds["reason" if check_images else "unread"]
+    return np.maximum(kinds["reason" if check_images else "unread"], -1)
 
 
 def with_values(scores: Scores, value: np.ndarray) -> Scores:

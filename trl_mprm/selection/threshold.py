@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from ..data.rows import Reason
 from .rules import CutSpec, score_of_kinds
-from .summary import REASONS, Scores, Summary, reason_of_kinds
+from .summary import Scores, Summary, came_without_images, reason_of_kinds
 
 
 ALL = np.uint64(2**64 - 1)
@@ -37,7 +36,7 @@ class Cut:
 
     Attributes:
         spec ([`~trl_mprm.selection.rules.CutSpec`]): What was asked.
-        check_images (`bool`): False if no row at all found its images and no image root was given.
+        check_images (`bool`): False if not one image was found and no image root was given.
         sources (`tuple[str]`): Names, sorted.
         stratum (`np.ndarray`): Of each source, the stratum that it is cut with: one of its own, or one for all. The
             arrays below have one entry per stratum.
@@ -93,9 +92,7 @@ def find_cut(summary: Summary, spec: CutSpec, *, images_required: bool = False) 
     kinds, stratum = summary.kinds, np.arange(len(summary.sources))
     stratum = stratum * 0 if spec.by is None else stratum
     n_strata = len(set(stratum.tolist()))
-    # Not one usable row, and missing images the only fault of images: the annotations came without them.
-    faults = {REASONS[reason] for reason in kinds["reason"] if reason >= 0 and REASONS[reason].startswith("image_")}
-    check_images = images_required or bool((kinds["reason"] < 0).any()) or faults != {str(Reason.IMAGE_MISSING)}
+    check_images = images_required or not came_without_images(kinds)
     usable = np.flatnonzero(reason_of_kinds(kinds, check_images) < 0)
     score = score_of_kinds(spec, kinds, summary.value)[usable]
     mine, count = stratum[kinds["source"][usable]], summary.count[usable].astype(np.int64)
