@@ -5,12 +5,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import Served, picture
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_mprm import RemoteProcessRewardModel
 from trl_mprm.cli import main
+from trl_mprm.evaluation.fingerprint import fingerprint
 from trl_mprm.serving.server import create_app
 
 
@@ -163,3 +165,14 @@ def test_commands_speak_to_a_server(prm, remote, tmp_path, capsys):
     assert main([*argv, "--output", str(tmp_path / "out")]) == 0
     records = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
     assert records[0]["scores"] == pytest.approx(prm.score([], "How many?", ["One.", "So 1."]), abs=1e-6)
+
+
+def test_another_model_behind_the_same_address_is_not_taken_for_this_one(prm, remote):
+    head = prm.model.get_output_embeddings().weight
+    before = fingerprint(remote, [], 8)
+    assert fingerprint(remote, [], 8) == before
+    with torch.no_grad():
+        head[prm.step_ids.good] += 1
+        changed = fingerprint(remote, [], 8)
+        head[prm.step_ids.good] -= 1
+    assert changed != before

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from ..scoring import ProcessRewardModel
+from ..step_scorer import StepScorer
 from .readers import image_digest
 
 
@@ -21,7 +22,8 @@ def fingerprint(model: Any, items: Sequence[dict[str, Any]], batch_size: int) ->
     Hash every weight to its last byte, the configurations of model and adapter, tokenizer, chat template and image
     processor, the step format, the items with their pictures, and the batch size.
 
-    Of a model that is no [`ProcessRewardModel`] only the type is known.
+    Of a model behind a server the weights cannot be seen: what it says of one small solution tells it from another. Of
+    anything else only the type is known.
     """
     digest = xxhash.xxh3_128(f"{type(model).__qualname__} {batch_size}".encode())
     if isinstance(model, ProcessRewardModel):
@@ -34,6 +36,9 @@ def fingerprint(model: Any, items: Sequence[dict[str, Any]], batch_size: int) ->
                 flat = weight.detach().flatten().view(torch.uint8)
                 for start in range(0, len(flat), CHUNK):
                     digest.update(flat[start : start + CHUNK].cpu().numpy().data)
+    elif isinstance(model, StepScorer):
+        scores = model.score([], "What is 1 + 1?", ["1 + 1 is 2.", "So 3."])
+        digest.update(f"{model.name} {[round(score, 3) for score in scores]}".encode())
     for item in items:
         facts = [item[key] for key in ("id", "group", "prompt", "completions", "labels")]
         digest.update(json.dumps([*facts, *map(image_digest, item["images"])]).encode())
