@@ -64,7 +64,9 @@ good_steps = st.fixed_dictionaries(
     {"step": st.sampled_from(["a", "b c", "数"]), "score": st.sampled_from([0, 0.5, 1.0])}
 )
 images = st.one_of(
-    st.sampled_from(["1.png", "no.png", "../up.png", "", None, 7]), st.lists(st.just("1.png"), max_size=2)
+    st.sampled_from(["1.png", "no.png", "../up.png", "", None, 7]),
+    st.sampled_from(["gone/1.png", "gone/2.png", "gone/..", "gone/../..", "gone/", "gone/."]),
+    st.lists(st.sampled_from(["1.png", "gone/1.png"]), max_size=2),
 )
 records = st.fixed_dictionaries(
     {"steps_with_score": st.one_of(st.lists(good_steps, min_size=1, max_size=4), st.lists(step_records, max_size=3))},

@@ -77,6 +77,10 @@ class ImageFinder:
             self.found[image] = found
         return found
 
+    def lacks(self, folder: str) -> bool:
+        """Whether a folder, with its slash, is known not to be there: all images in it are missing."""
+        return isinstance(self.folders.get(folder), Refused)
+
     def _look(self, name: str) -> str | Refused:
         if self.root is None:
             return Refused(Reason.IMAGE_MISSING, f"{name!r:.80}: no image root was given")

@@ -221,7 +221,7 @@ def line_batches(shard: Shard, keys: Iterable[str] = READ_KEYS) -> Iterator[tupl
                     )
                 continue
             if tail or end < len(block):
-                tail, block = [block[end:]], b"".join([*tail, block[:end]])
+                tail, block = [block[end:]], b"".join([*tail, memoryview(block)[:end]])
             yield block, io.BytesIO(block).readlines()
         if last := b"".join(tail):
             yield last, [last]
