@@ -53,6 +53,9 @@ def test_card_is_the_rendering_of_its_record(folder, capsys):
         "## Limits", "@article{li2026training",
     ):  # fmt: skip
         assert said in card, said
+    all_wrong, kept = record["selection"]["all_wrong"], record["selection"]["kept"]
+    said = f"{all_wrong} of the {kept} kept rollouts ({100 * all_wrong / kept:.1f}%) have no positive step."
+    assert kept == 4 and all_wrong and said in card
     entries = {entry.metric_type: entry.metric_value for entry in ModelCard(card).data.eval_results}
     assert entries["macro_f1_pooled"] == round(METRICS["macro_f1_pooled"], 4)
     assert record["selection"]["revision"] in card

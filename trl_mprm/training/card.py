@@ -65,6 +65,8 @@ def run_record(trainer: Trainer, dataset: dict[str, Any], names: dict[str, Any])
         "step_format": {"marker": step_format.marker, "reward_tokens": step_format.reward_tokens,
                         "head": step_format.head},
         "selection": selection and {key: selection.get(key) for key in SELECTION_FACTS} | {
+            "all_wrong": selection.get("total", {}).get("all_wrong"),
+            "kept": selection.get("total", {}).get("kept"),
             "sources": {source: {key: facts.get(key) for key in SOURCE_FACTS}
                         for source, facts in selection["sources"].items()},
         },
