@@ -9,7 +9,7 @@ from typing import Any
 from ..data.aggregates import AGGREGATES
 from ..data.splitting import SPLITS, split_steps
 from ..files import atomic_output
-from .arguments import ShowDefaults, add_model_arguments, add_url_argument, load_scorer, positive, print_table
+from .arguments import ShowDefaults, add_model_arguments, add_url_argument, load_scorer, positive, print_table, say
 
 
 SHOWN = 20  # solutions in the table; all are in the JSONL
@@ -54,13 +54,13 @@ def score(args: argparse.Namespace) -> int:
         (record,) = records
         steps = zip(map(_shown, record["completions"]), record["step_scores"], strict=True)
         print_table([["step", "text", "P(good)"], *([number, *step] for number, step in enumerate(steps, 1))])
-        print(f"\n{'mean (best-of-N score)' if args.aggregate == 'mean' else args.aggregate}: {record['score']:.4f}")
+        say(f"\n{'mean (best-of-N score)' if args.aggregate == 'mean' else args.aggregate}: {record['score']:.4f}")
     else:
         _print_ranking(records)
     for reason, (place, *others) in refused.items():
         print(f"refused: {1 + len(others)} {reason}, the first at {place}", file=sys.stderr)
     if args.output and not args.json:
-        print(f"\nscores: {args.output}")
+        say(f"\nscores: {args.output}")
     return 0
 
 
@@ -134,7 +134,7 @@ def _print_ranking(records: list[dict[str, Any]]) -> None:
         )
     print_table([["rank", "solution", "steps", "score", "lowest P(good)", "of step"], *rows])
     if len(records) > SHOWN:
-        print(f"... and {len(records) - SHOWN:,} more: --output or --json has all")
+        say(f"... and {len(records) - SHOWN:,} more: --output or --json has all")
 
 
 def _shown(text: str, width: int = 70) -> str:

@@ -7,7 +7,7 @@ from tabulate import tabulate
 from ..selection.bis import ALPHA
 from ..selection.rules import RULES
 from ..text import plain
-from .arguments import ShowDefaults, print_table
+from .arguments import ShowDefaults, print_table, say
 
 
 MAX_NAME = 18  # of a source in the table, which then fits 100 columns
@@ -70,13 +70,13 @@ def select(args: argparse.Namespace) -> int:
     )
     header, *rows = report_table(report)
     print_table([header, *([_short(row[0]), *row[1:]] for row in rows)])
-    print(f"\nkept rollouts: {args.output}\nevidence: {report_path(args.output, args.save_to_disk)}")
+    say(f"\nkept rollouts: {args.output}\nevidence: {report_path(args.output, args.save_to_disk)}")
     for reason, count in report["total"]["refused"].items():
-        print(f"refused: {count} {reason} (see {refused_path(args.output, args.save_to_disk)})")
+        say(f"refused: {count} {reason} (see {refused_path(args.output, args.save_to_disk)})")
     if args.report:
-        print(f"page: {args.report}")
+        say(f"page: {args.report}")
     if args.push_to_hub:
-        print(f"published: dataset {args.push_to_hub}")
+        say(f"published: dataset {args.push_to_hub}")
     return 0
 
 
@@ -100,4 +100,4 @@ def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:
         engine=args.engine,
     )
     header, *rows = comparison_table(table)
-    print(tabulate(rows, header, disable_numparse=True, colalign=("left", *["right"] * len(table))), end="\n\n")
+    say(tabulate(rows, header, disable_numparse=True, colalign=("left", *["right"] * len(table))), "")

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import print_table
+from .arguments import print_table, say
 from .preflight import check_train
 
 
@@ -87,7 +87,7 @@ def _train(argv: list[str], smoke: bool = False) -> int:
         if report is None:
             logger.info("the card tells of no selection: %s", why)
     if PartialState().is_main_process:
-        print(_what_was_kept(report, len(rollouts)))
+        say(_what_was_kept(report, len(rollouts)))
     args.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -116,10 +116,10 @@ def _train(argv: list[str], smoke: bool = False) -> int:
         rows = [[key, entry[key]] for key in keys for entry in history[-2:] if key in entry]
         print_table([["", "last"], ["rollouts", len(rollouts)], ["optimizer steps", trainer.state.global_step], *rows])
         if not smoke:
-            print(f"\nmodel and card: {args.output_dir}")
+            say(f"\nmodel and card: {args.output_dir}")
         if args.push_to_hub and not pushed:
             upload = f"hf upload {trainer.hub_model_id} {args.output_dir} . --exclude 'checkpoint-*'"
-            print(f"not published, the Hub cannot be reached; when it can: {upload}")
+            say(f"not published, the Hub cannot be reached; when it can: {upload}")
     return 0
 
 
@@ -140,6 +140,6 @@ def _smoke(argv: list[str]) -> int:
         argv, told = cut_down(argv, Path(folder))
         _train(argv, smoke=True)
     print_table([["smoke", "the recipe", "here"], *told])
-    print("\nThe recipe runs; what it wrote is deleted again. That its fields fit together is all this shows:")
-    print("nothing of memory, speed, F1 or the launcher.")
+    say("\nThe recipe runs; what it wrote is deleted again. That its fields fit together is all this shows:")
+    say("nothing of memory, speed, F1 or the launcher.")
     return 0
