@@ -208,6 +208,55 @@ def test_pictures_in_memory_go_into_parquet(tmp_path):
     assert load_rollouts(tmp_path / "a.parquet")[1]["images"][0].size == (56, 56)
 
 
+def stern(images, prompt, steps, n, seed):
+    return ["Answer: 1" if float(steps[-1].split()[-1]) > 0.8 else "Answer: 0"] * n
+
+
+def test_second_policy_adds_agreement_and_rules_read_the_columns(tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    data = annotate(rows(30), policy, second=stern, checker="exact", n=8, output=file)
+    for row in data:
+        *steps, _ = row["completions"]
+        good = [float(step.split()[-1]) > 0.8 for step in steps]
+        assert row["agreement"] == [*(float((s > 0) == g) for s, g in zip(row["mc_scores"], good, strict=False)), 1.0]
+        assert row["self_confidence"] == float(row["completions"][-1] == "Answer: 1")
+    assert (tmp_path / "a.second.draws.jsonl").exists()
+    assert json.loads((tmp_path / "a.annotation.json").read_text())["second"] == "stern"
+    scored = {row["rollout_id"]: row for row in data}
+    select_files(file, tmp_path / "agreed.jsonl", "agreement", fraction=0.3)
+    kept = [json.loads(line)["rollout_id"] for line in open(tmp_path / "agreed.jsonl")]
+    shares = {name: np.mean(row["agreement"]) for name, row in scored.items()}
+    for source in "ab":
+        mine = [name for name in shares if name[0] == source]
+        assert {name for name in kept if name[0] == source} == set(
+            sorted(mine, key=lambda name: (-shares[name], mine.index(name)))[: int(len(mine) * 0.3)]
+        )
+    select_files(file, tmp_path / "confident.jsonl", "self_confidence", fraction=0.2)
+    for line in open(tmp_path / "confident.jsonl"):
+        row = json.loads(line)
+        assert row["self_confidence"] == 1.0 and min(row["mc_scores"]) > 0
+    assert main(["select", str(file), "--compare"]) == 0
+    shown = capsys.readouterr().out
+    assert "agreement" in shown and "self_confidence" in shown
+
+
+def test_second_opinion_of_a_process_reward_model(tmp_path, tiny_folders):
+    from trl_mprm import ProcessRewardModel
+    from trl_mprm.models.loading import add_marker, load_model, load_processing_class
+    from trl_mprm.prompting.step_format import StepFormat
+
+    model, tokenizer = load_model(tiny_folders["qwen2"]), load_processing_class(tiny_folders["qwen2"], False)
+    add_marker(model, tokenizer, StepFormat())
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "prm")
+    StepFormat().save(tmp_path / "prm")
+    data = annotate(rows(2), policy, second=str(tmp_path / "prm"), checker="exact", n=2, output=tmp_path / "a.jsonl")
+    judge = ProcessRewardModel.from_pretrained(tmp_path / "prm")
+    for row in data:
+        scores = judge.score([], row["prompt"], row["completions"])
+        assert row["agreement"] == [float((m > 0) == (s > 0.5)) for m, s in zip(row["mc_scores"], scores, strict=True)]
+
+
 def raising(*arguments):
     raise RuntimeError("no judge today")
 

@@ -18,19 +18,20 @@ from typing import Any, Literal
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..data.rows import question_key
 from ..files import write_json
 from ..selection.rules import CutSpec
 from .budget import Race, Tally, next_draws
 from .checkers import Checker, find_checker
-from .drawing import Drawing, cost
+from .drawing import BATCH, Drawing, cost
 from .opening import open_policy
 from .output import annotated_row, evidence, raw_record, to_dataset, write_jsonl, write_parquet
 from .policies import Policy
 from .progress import Progress
 from .questions import Rollout, from_rows
+from .second import agreement, second_opinion
 
 
-BATCH = 64  # rollouts that are drawn on at once
 MAX_STEPS = 12  # of a sampled solution, as in VisualPRM400K
 
 
@@ -49,6 +50,7 @@ def annotate(
     seed: int = 0,
     output: str | os.PathLike,
     format: Literal["rows", "visualprm-raw"] = "rows",
+    second: str | Callable[..., list[str]] | Policy | None = None,
     price: float | None = None,
     **sampling: Any,
 ) -> Dataset:
@@ -90,6 +92,9 @@ def annotate(
             `*.jsonl` or `*.parquet`.
         format (`str`, *optional*, defaults to `"rows"`):
             `"visualprm-raw"`: the schema of VisualPRM400K-v1.1-Raw, in JSONL.
+        second (as `policy`, *optional*):
+            Another policy, or the folder of a process reward model as a judge: adds a column `agreement`, of each step
+            1.0 where both find it good or both bad.
         price (`float`, *optional*):
             Of a million computed tokens, for the cost.
         sampling:
@@ -116,7 +121,7 @@ def annotate(
     ```
     """
     plan = Plan(n, solutions, budget, fraction, alpha, mode, error, seed, format, price)
-    return annotate_rollouts(from_rows(rows), policy, output, plan, checker=checker, **sampling)[0]
+    return annotate_rollouts(from_rows(rows), policy, output, plan, checker=checker, second=second, **sampling)[0]
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ def annotate_rollouts(
     plan: Plan,
     *,
     checker: str | Checker | None = None,
+    second: str | Callable[..., list[str]] | Policy | None = None,
     **sampling: Any,
 ) -> tuple[Dataset, dict[str, Any]]:
     """[`annotate`] for rollouts that are read already; also returns what `NAME.annotation.json` says."""
@@ -176,28 +182,50 @@ def annotate_rollouts(
     ):
         drawing = Drawing(policy, check, progress, plan.seed, bar, plan.price)
         todo, lost = _solved(rollouts, drawing, plan.solutions)
-        tallies = [Tally.new(len(rollout.steps), plan.n) for rollout in todo]
-        for rollout, tally in zip(todo, tallies, strict=True):
-            drawing.check_answer_step(rollout, tally)
-        bar.reset(sum(plan.n * rollout.sampled for rollout in todo))
-        kept = _draw_all(todo, tallies, drawing) if plan.budget == "all" else _draw_race(todo, tallies, drawing, plan)
-        _stop_if_parked(drawing, output)
+        tallies = drawing.tallies(todo, plan.n)
+        kept = drawing.draw_all(todo, tallies) if plan.budget == "all" else _draw_race(todo, tallies, drawing, plan)
+        drawing.stop_if_parked(output)
         if not kept:
             raise ValueError(f"{output} is not written: not one step was measured; lost were {dict(lost)}")
         report = settings | asdict(plan) | {"output": output.name, "lost_solutions": dict(lost)}
         report |= {"spent": dict(drawing.spent), "sources": _by_source(todo, tallies, kept, progress)}
         if plan.price is not None:
             report["cost"] = cost(drawing.spent, plan.price)
-        data = _write([(todo[index], tallies[index]) for index in kept], progress, checker_name, plan, output)
+        rows = _rows(todo, tallies, kept, progress, checker_name)
+        if second is not None:
+            others = second_opinion(
+                [todo[index] for index in kept], second, check, output, plan.n, plan.seed, sampling
+            )
+            report["second"] = others.name
+            for row, labels in zip(rows, others.labels, strict=True):
+                row["agreement"] = agreement(row["mc_scores"], labels)
+        data = _write([(todo[index], tallies[index]) for index in kept], rows, plan, output)
         write_json(report, output.with_name(f"{output.stem}.annotation.json"))
     return data, report
 
 
-def _write(kept: list[tuple[Rollout, Tally]], progress: Progress, checker: str, plan: Plan, output: Path) -> Dataset:
-    rows = []
-    for rollout, tally in kept:
+def _rows(
+    rollouts: list[Rollout], tallies: list[Tally], kept: list[int], progress: Progress, checker: str
+) -> list[dict[str, Any]]:
+    confidence, rows = _self_confidence(rollouts, tallies), []
+    for index in kept:
+        rollout, tally = rollouts[index], tallies[index]
         draws = [evidence(rollout, step, tally, progress, checker) for step in range(len(rollout.steps))]
         rows.append(annotated_row(rollout, tally, draws))
+        rows[-1]["self_confidence"] = confidence[question_key(rollout.prompt, rollout.images)]
+    return rows
+
+
+def _self_confidence(rollouts: list[Rollout], tallies: list[Tally]) -> dict[tuple[str, ...], float | None]:
+    """How often the policy solves a question: the mean score of the last measured step of its rollouts."""
+    ends: dict[tuple[str, ...], list[float]] = {}
+    for rollout, tally in zip(rollouts, tallies, strict=True):
+        known = [score for score in tally.scores() if score is not None]
+        ends.setdefault(question_key(rollout.prompt, rollout.images), []).extend(known[-1:])
+    return {question: sum(scores) / len(scores) if scores else None for question, scores in ends.items()}
+
+
+def _write(kept: list[tuple[Rollout, Tally]], rows: list[dict[str, Any]], plan: Plan, output: Path) -> Dataset:
     data = to_dataset(rows, [_opened(rollout.images) for rollout, _ in kept])
     if plan.format == "visualprm-raw":
         write_jsonl([raw_record(rollout, tally) for rollout, tally in kept], output)
@@ -224,16 +252,6 @@ def _solved(rollouts: list[Rollout], drawing: Drawing, solutions: int) -> tuple[
     ], lost
 
 
-def _draw_all(rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing) -> list[int]:
-    for start in range(0, len(rollouts), BATCH):
-        batch = range(start, min(start + BATCH, len(rollouts)))
-        visits = [
-            (rollouts[i], tallies[i], [(step, tallies[i].n) for step in range(rollouts[i].sampled)]) for i in batch
-        ]
-        drawing.draw(visits)
-    return [index for index, tally in enumerate(tallies) if tally.known]
-
-
 def _draw_race(rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing, plan: Plan) -> list[int]:
     error = plan.error if plan.mode == "confident" else 0.0
     places: dict[str, list[int]] = {}
@@ -256,15 +274,6 @@ def _next_batch(races: list[tuple[Race, list[int]]]) -> Iterator[tuple[Race, int
     for race, indices in races:
         for index in race.take(max(1, min(BATCH, race.quota // 8))):
             yield race, index, indices
-
-
-def _stop_if_parked(drawing: Drawing, output: Path) -> None:
-    if drawing.parked:
-        reasons = "; ".join(f"{count} requests: {reason}" for reason, count in drawing.parked.most_common(3))
-        raise OSError(
-            f"{output} is not written: the policy left {drawing.parked.total()} requests without an answer ({reasons}). "
-            f"What came is kept in {drawing.progress.path}: run again to finish"
-        )
 
 
 def _by_source(

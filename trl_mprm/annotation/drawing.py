@@ -9,6 +9,7 @@ Draws of steps, paid for once: what was asked, what came, what it cost.
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -18,6 +19,9 @@ from .checkers import Checker
 from .policies import STOP, Parked, Policy, Reply, Request
 from .progress import Progress
 from .questions import Rollout
+
+
+BATCH = 64  # rollouts that are drawn on at once
 
 
 def draw_seed(seed: int, rollout: str, step: int) -> int:
@@ -77,7 +81,15 @@ class Drawing:
                     rollouts.append(question.with_solution(number, solution["text"], max_steps))
         return rollouts, lost
 
-    def check_answer_step(self, rollout: Rollout, tally: Tally) -> None:
+    def tallies(self, rollouts: Sequence[Rollout], n: int) -> list[Tally]:
+        """Tallies for `n` draws a step, without a draw but for the steps that are checked."""
+        tallies = [Tally.new(len(rollout.steps), n) for rollout in rollouts]
+        for rollout, tally in zip(rollouts, tallies, strict=True):
+            self._check_answer_step(rollout, tally)
+        self.bar.reset(sum(n * rollout.sampled for rollout in rollouts))
+        return tallies
+
+    def _check_answer_step(self, rollout: Rollout, tally: Tally) -> None:
         """Count a last step that states the answer as `n` draws: all right or all wrong, none of them paid for."""
         if rollout.sampled < len(rollout.steps):
             tally.add(rollout.sampled, [self._right(rollout, "")] * tally.n)
@@ -114,6 +126,22 @@ class Drawing:
                 tally.add(step, self.progress.outcomes(rollout.id, rollout.key, step)[start : start + count])
                 self.bar.update(count)
         return [place not in parked for place in range(len(visits))]
+
+    def draw_all(self, rollouts: Sequence[Rollout], tallies: Sequence[Tally]) -> list[int]:
+        """All draws of every step. Returns the rollouts of which a step is measured."""
+        for start in range(0, len(rollouts), BATCH):
+            pairs = zip(rollouts[start : start + BATCH], tallies[start : start + BATCH], strict=True)
+            self.draw([(r, tally, [(step, tally.n) for step in range(r.sampled)]) for r, tally in pairs])
+        return [index for index, tally in enumerate(tallies) if tally.known]
+
+    def stop_if_parked(self, output: Path) -> None:
+        """Raise `OSError` where a request has no answer."""
+        if self.parked:
+            reasons = "; ".join(f"{count} requests: {reason}" for reason, count in self.parked.most_common(3))
+            raise OSError(
+                f"{output} is not written: the policy left {self.parked.total()} requests without an answer ({reasons})."
+                f" What came is kept in {self.progress.path}: run again to finish"
+            )
 
     def _keep(self, rollout: Rollout, request: Request, reply: Reply) -> None:
         right = [self._right(rollout, d.text, request.steps) if d.finish == STOP else None for d in reply.draws]

@@ -37,7 +37,7 @@ DRAWS = {
     "prompt_tokens": Value("int64"),
     "cached_tokens": Value("int64"),
 }
-COLUMNS = Features(dict(FEATURES) | {"answer": Value("string"), "draws": List(DRAWS)})
+COLUMNS = dict(FEATURES) | {"answer": Value("string"), "self_confidence": Value("float64"), "draws": List(DRAWS)}
 
 
 def evidence(rollout: Rollout, step: int, tally: Tally, progress: Progress, checker: str) -> dict[str, Any]:
@@ -102,6 +102,7 @@ def raw_record(rollout: Rollout, tally: Tally) -> dict[str, Any]:
     ```
     """
     ours = {"images", "prompt", "completions", "labels", "mc_scores", "mc_counts", "mc_total", "rollout_id", "draws"}
+    ours |= {"self_confidence", "agreement"}
     images = image_list(rollout.record)
     raw = {
         "image": images[0] if len(images) == 1 else images,
@@ -149,11 +150,12 @@ def to_dataset(rows: Sequence[dict[str, Any]], images: Sequence[list[Any]]) -> D
     Rows as a [`~datasets.Dataset`] with the images to open. `mc_total` is null there where the steps have not all the
     same total, as [`~trl_mprm.load_rollouts`] reads it; `draws` tells each.
     """
+    columns = COLUMNS | ({"agreement": List(Value("float64"))} if any("agreement" in row for row in rows) else {})
     rows = [
         row | {"images": found, "mc_total": row["mc_total"] if isinstance(row["mc_total"], int) else None}
         for row, found in zip(rows, images, strict=True)
     ]
-    return Dataset.from_list(rows, features=COLUMNS)
+    return Dataset.from_list(rows, features=Features(columns))
 
 
 def write_parquet(rows: Dataset, path: Path) -> None:

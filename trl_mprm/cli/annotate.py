@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--output", required=True, help="*.jsonl or *.parquet")
     command.add_argument("--format", default="rows", choices=["rows", "visualprm-raw"], help="of the output")
+    command.add_argument("--second", help="another policy, or a process reward model as a judge: adds `agreement`")
     command.add_argument("--checker", default="math", choices=["math", "exact", "choice", "numeric"])
     command.add_argument("--n", type=int, default=16, help="continuations per step")
     command.add_argument("--solutions", type=int, default=4, help="sampled of each question that has none")
@@ -47,6 +48,7 @@ def annotate(args: argparse.Namespace) -> int:
         args.output,
         Plan(**{name: getattr(args, name) for name in names}),
         checker=args.checker,
+        second=args.second,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,

@@ -14,12 +14,13 @@ import os
 
 import numpy as np
 
-from ..data.shards import Paths, Shard, plan_shards
+from ..data.formats import READ_KEYS, parse
+from ..data.shards import Paths, Shard, line_batches, plan_shards
 from ..data.splits import local_inputs
 from .bis import ALPHA
 from .engine import find_engine
 from .report import describe
-from .rules import STEP_RULES, CutSpec, column_to_cut_by
+from .rules import COLUMN_RULES, STEP_RULES, CutSpec, column_to_cut_by
 from .summary import Scores, Summary, merge, reason_of_kinds, summarize
 from .threshold import Cut, find_cut, kept_rows, settle
 
@@ -75,20 +76,29 @@ def compare_rules(
     ```
     """
     parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed, "by": column_to_cut_by(by)}
-    specs = [CutSpec(rule, **parameters) for rule in STEP_RULES]
-    table = {}
-    with find_engine(engine)(plan_shards(local_inputs(inputs)), image_root, drop_answer_step, words=True) as run:
-        summary = merge(run.summaries())
-        for spec in specs:
-            cut = find_cut(summary, spec, images_required=image_root is not None)
-            if not cut.valid.any():
-                raise ValueError(f"{inputs}: no row can be used: select without --compare tells why")
-            while not cut.settled:
-                cut = settle(cut, run.ties(cut))
-            kept, words, all_words = zip(*run.map(_kept, cut), strict=True)
-            table.setdefault("full data", _describe(summary, cut, sum(all_words)))
-            table[spec.rule] = _describe(merge(kept), cut, sum(words))
+    shards, table = plan_shards(local_inputs(inputs)), {}
+    # One reading for all rules that need the steps alone, and one more for each rule whose column the rows have.
+    readings = [[CutSpec(rule, **parameters) for rule in STEP_RULES]]
+    readings += [[CutSpec(rule, **parameters)] for rule in COLUMN_RULES if _has_column(shards, rule)]
+    for specs in readings:
+        with find_engine(engine)(shards, image_root, drop_answer_step, words=True, spec=specs[0]) as run:
+            summary = merge(run.summaries())
+            for spec in specs:
+                cut = find_cut(summary, spec, images_required=image_root is not None)
+                if not cut.valid.any():
+                    raise ValueError(f"{inputs}: no row can be used: select without --compare tells why")
+                while not cut.settled:
+                    cut = settle(cut, run.ties(cut))
+                kept, words, all_words = zip(*run.map(_kept, cut), strict=True)
+                table.setdefault("full data", _describe(summary, cut, sum(all_words)))
+                table[spec.rule] = _describe(merge(kept), cut, sum(words))
     return table
+
+
+def _has_column(shards: list[Shard], name: str) -> bool:
+    """Whether the first row has a field."""
+    lines = (line for _, lines in line_batches(shards[0], {*READ_KEYS, name}) for line in lines if line.strip())
+    return (parse(next(lines, b"")) or {}).get(name) is not None
 
 
 def comparison_table(table: dict[str, dict]) -> list[list]:

@@ -150,6 +150,19 @@ def _numbers_of_column(fields: dict[str, list], spec: CutSpec) -> np.ndarray:
     return np.array([_number(value) for value in fields[spec.column]], np.float64)
 
 
+def _agreeing(fields: dict[str, list], spec: CutSpec) -> np.ndarray:
+    return np.array([_mean(steps) for steps in fields["agreement"]], np.float64)
+
+
+def _mean(steps: object) -> float:
+    known = [_number(step) for step in steps if step is not None] if isinstance(steps, list) else []
+    return sum(known) / len(known) if known else np.nan
+
+
+def _confident(fields: dict[str, list], spec: CutSpec) -> np.ndarray:
+    return np.array([_number(value) for value in fields["self_confidence"]], np.float64)
+
+
 def _number(value: object) -> float:
     try:
         return float(value) if isinstance(value, Real) else np.nan
@@ -187,12 +200,29 @@ _ENTRIES = (
         reads=lambda spec: (spec.column,),
         value=_numbers_of_column,
     ),
+    Rule(  # consensus filtering; `trl-mprm annotate --second` writes the column
+        "agreement",
+        "where a second policy or judge agrees on most steps (column `agreement`)",
+        lambda kinds, spec: kinds.value,
+        reads=lambda spec: ("agreement",),
+        value=_agreeing,
+    ),
+    Rule(  # as SCAN (arXiv 2509.16548) filters; `trl-mprm annotate` writes the column
+        "self_confidence",
+        "solutions without a bad step, of the questions that the policy solves most often (column `self_confidence`)",
+        lambda kinds, spec: kinds.value - (kinds.n_pos < kinds.n_steps),
+        reads=lambda spec: ("self_confidence",),
+        value=_confident,
+    ),
 )
 
 RULES = {rule.name: rule for rule in _ENTRIES}
 
 # Those that need nothing but the scores of the steps, so that every corpus can be cut by them.
 STEP_RULES = tuple(rule.name for rule in _ENTRIES if rule.reads is None)
+
+# Those that need a column which only some corpora have.
+COLUMN_RULES = ("agreement", "self_confidence")
 
 
 def rule_of_report(report: dict) -> Rule:
