@@ -272,10 +272,10 @@ class HostedTrainer(Trainer):
         )
         self.push_in_progress = PushInProgress([job])
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.21 takes the token alone
         """Make the repository. Where the Hub cannot be reached, training goes on and pushes nothing."""
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         except HfHubHTTPError:
             raise
         except (OfflineModeIsEnabled, HTTPError) as error:
