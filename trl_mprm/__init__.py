@@ -26,6 +26,7 @@ _NAMES = {
     "evaluate_model": "evaluation.run",
     "read_benchmark": "evaluation.benchmarks",
     "load_benchmark": "evaluation.benchmarks",
+    "load_zero_shot": "evaluation.zero_shot",
     "split_steps": "data.splitting",
 }
 __all__ = list(_NAMES)
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .evaluation.benchmarks import load_benchmark, read_benchmark
     from .evaluation.metrics import step_metrics
     from .evaluation.run import evaluate_model
+    from .evaluation.zero_shot import load_zero_shot
     from .prompting.step_format import StepFormat
     from .scoring import ProcessRewardModel
     from .selection.bis import add_bis

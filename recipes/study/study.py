@@ -37,11 +37,12 @@ from trl_mprm import (
     ProcessRewardModel,
     evaluate_model,
     load_rollouts,
+    load_zero_shot,
     read_benchmark,
     select,
 )
 from trl_mprm.demo.base import BASE_MODEL, train_base
-from trl_mprm.demo.run import make_trainer, make_world, start_worker, zero_shot_prm
+from trl_mprm.demo.run import make_trainer, make_world, start_worker
 from trl_mprm.demo.settings import DEMO, Settings
 from trl_mprm.files import write_json
 from trl_mprm.prompting.rendering import render_rows
@@ -188,7 +189,7 @@ def run(output_dir: Path, settings: Settings, world: str, arm_name: str, seed: i
     folder = output_dir / "worlds" / data_name(world, seed)
     result = {"world": world, "arm": arm_name, "seed": seed, "rollouts": 0, "optimizer_steps": 0}
     if arm.rule is None:
-        prm = zero_shot_prm(base)
+        prm = load_zero_shot(str(base))
     else:
         scored, validation, truth, remembered = load_world(folder)
         kept = select(scored, arm.rule, fraction=arm.fraction, alpha=arm.alpha, ties=arm.ties, seed=seed)

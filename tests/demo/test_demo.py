@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_mprm import evaluate_model, load_rollouts, read_benchmark
+from trl_mprm import evaluate_model, load_rollouts, load_zero_shot, read_benchmark
 from trl_mprm.demo.base import BASE_MODEL, draw_batch, tile_pixels
 from trl_mprm.demo.corpus import write_benchmark, write_corpus
-from trl_mprm.demo.run import interval, run_demo, summarise, verdict, zero_shot_prm
+from trl_mprm.demo.run import interval, run_demo, summarise, verdict
 from trl_mprm.demo.settings import DEMO, QUICK
 from trl_mprm.demo.world import (
     NAMES,
@@ -174,7 +174,7 @@ def test_steps_of_a_rollout_follow_the_question():
 
 
 def test_base_judges_single_statements():
-    prm = zero_shot_prm()
+    prm = load_zero_shot(str(BASE_MODEL))
     processor, model = prm.processing_class, prm.model
     tokenizer, pixels = processor.tokenizer, tile_pixels(processor)
     batch = draw_batch(64, np.random.default_rng(9), tokenizer)
@@ -198,7 +198,7 @@ def test_base_judges_single_statements():
 
 
 def test_base_is_near_chance_as_a_process_reward_model(benchmark):
-    metrics = evaluate_model(zero_shot_prm(), benchmark, batch_size=64)
+    metrics = evaluate_model(load_zero_shot(str(BASE_MODEL)), benchmark, batch_size=64)
     assert 0.4 < metrics["macro_f1_step_weighted"] < 0.56
     assert 0.35 < metrics["auc"] < 0.65
 

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from trl_mprm import (
     add_bis,
     evaluate_model,
     load_rollouts,
+    load_zero_shot,
     read_benchmark,
     select,
     top_fraction,
@@ -126,8 +126,8 @@ def start_worker(log: Path) -> None:
 def make_world(folder: Path, settings: Settings, seed: int) -> dict:
     """Write the corpus, a validation split made the same way, and the benchmark; three streams of one seed."""
     streams = [np.random.default_rng([seed, stream]) for stream in range(3)]
-    noise = {"options": settings.options, "wrong_reference": settings.wrong_reference}
-    mc = {"rollouts": settings.rollouts, "num_mc": settings.num_mc}
+    noise: dict[str, Any] = {"options": settings.options, "wrong_reference": settings.wrong_reference}
+    mc: dict[str, Any] = {"rollouts": settings.rollouts, "num_mc": settings.num_mc}
     return {
         "train": write_corpus(folder / "corpus", settings.problems, settings.policy, streams[0], **mc, **noise),
         "validation": write_corpus(
@@ -153,7 +153,7 @@ def run_subset(output_dir: Path, settings: Settings, subset: str, seed: int, qlo
     validation = load_rollouts(folder / "validation" / "annotations", image_root=folder / "validation")
     started, steps = time.time(), 0
     if rows is None:
-        prm = zero_shot_prm()
+        prm = load_zero_shot(str(BASE_MODEL))
     else:
         adapter = qlora or subset.endswith("-lora")
         trainer = make_trainer(rows, validation, selection, folder / subset, settings, seed, adapter, qlora)
@@ -236,15 +236,6 @@ def load_prm(folder: Path, qlora: bool) -> ProcessRewardModel:
     return ProcessRewardModel.from_pretrained(folder, quantization_config=nf4() if qlora else None)
 
 
-def zero_shot_prm(base: Path = BASE_MODEL) -> ProcessRewardModel:
-    """The base as it is, read at a marker that it has never seen: what a trainer holds before its first step."""
-    row = {"prompt": "add red", "completions": ["red is 7"], "labels": [1.0]}  # a trainer wants data, and reads none
-    with TemporaryDirectory() as unused:
-        args = ProcessRewardConfig(output_dir=unused, report_to="none")
-        trainer = ProcessRewardTrainer(model=str(base), args=args, train_dataset=Dataset.from_list([row]))
-    return ProcessRewardModel(trainer.model, trainer.processing_class, trainer.step_format)
-
-
 def interval(values: list[float]) -> dict:
     """Mean of a few seeds with its 95% interval by Student's t; no interval from one seed."""
     mean, n = float(np.mean(values)), len(values)
@@ -298,7 +289,7 @@ def verdict(summary: dict) -> dict:
             answers[question] = {"answer": "not run", "words": f"{question}: not run."}
             continue
         points, low, high = (None if v is None else 100 * v for v in list(difference.values())[:3])
-        if low is None:
+        if low is None or high is None:
             answer, words = "one seed", f"{points:+.1f} points F1 on one seed, which is no evidence"
         else:
             answer = "ahead" if low > 0 else "behind" if high < 0 else "inconclusive"
@@ -314,7 +305,7 @@ def verdict(summary: dict) -> dict:
 
 def print_table(results: dict, output_dir: Path) -> None:
     """The one table of the demo, the verdict, and what was written."""
-    runs = {}
+    runs: dict[str, list[dict]] = {}
     for run in results["runs"]:
         runs.setdefault(run["subset"], []).append(run)
     print(f"\n{'subset':<12}{'seeds':>6}{'rollouts':>10}{'updates':>9}{'s':>7}{'F1':>8}{'95% interval':>16}{'AUC':>8}")

@@ -265,7 +265,7 @@ def roll_out(
 ) -> Steps:
     """Roll the policy out once for each entry of `problem`; after every step play `num_mc` continuations."""
     state, m = State.start(problems, problem), len(problem)
-    columns = []
+    columns: list[np.ndarray] = []
     running = np.arange(m)
     while len(running):
         record = np.full((5, m), -1)
