@@ -367,15 +367,33 @@ def test_junk_in_a_progress_file_is_named(tmp_path):
         score_items(Stops(SCORES), items, 1, tmp_path)
 
 
+TWO = """
+import sys
+from accelerate import PartialState
+from trl_mprm import ProcessRewardModel
+from trl_mprm.cli import main
+from trl_mprm.evaluation.run import score_items
+
+assert PartialState(cpu=True).num_processes == 2
+try:
+    score_items(ProcessRewardModel.from_pretrained(sys.argv[3]), [])
+except ValueError as error:
+    print(error)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_score_what_one_does(folder, tiny_folders, tmp_path, capsys):  # noqa: F811
     prm = save_prm(tmp_path / "prm", tiny_folders["qwen2_5_vl"])
     argv = ["evaluate", "--model", prm, "--data", str(big_benchmark(folder)), "--batch-size", "1", "--output"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "trl_mprm.cli", *argv, tmp_path / "two"], capture_output=True, text=True, timeout=300
-    )
+    # `accelerate launch --cpu --num_processes 2` would start one process, and leave more to MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (tmp_path / "two.py").write_text(TWO)
+    argv_of_two = [*launch, tmp_path / "two.py", *argv, tmp_path / "two"]
+    done = subprocess.run(argv_of_two, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes need a folder to bring their scores together: set --output") == 2
     with pytest.warns(UserWarning, match="2 of 26 items could not be scored; first, DynaMath:24: .*special token"):
         assert main([*argv, str(tmp_path / "one")]) == 0
     # One table, by one process.
@@ -391,15 +409,6 @@ def test_two_processes_score_what_one_does(folder, tiny_folders, tmp_path, capsy
     for a, b in zip(one[:-2], two[:-2], strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-6)
         assert {**a, "scores": None} == {**b, "scores": None}
-
-
-def test_several_processes_need_a_folder(monkeypatch):
-    from accelerate import PartialState
-
-    state = PartialState()
-    monkeypatch.setitem(state._shared_state, "num_processes", 2)
-    with pytest.raises(ValueError, match="2 processes need a folder to bring their scores together: set --output"):
-        score_items(MODEL, items_of(4))
 
 
 # ---- the command
