@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from helpers import config, dataset, make_trainer, picture, rollouts
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from trl_mprm import ProcessRewardTrainer
+from trl_mprm import DataCollatorForProcessReward, ProcessRewardTrainer
 from trl_mprm.training.card import describe_dataset
 from trl_mprm.training.checkpoints import checkpoint_fault, last_whole_checkpoint
 
@@ -138,3 +141,45 @@ def test_a_card_counts_the_data_set_once(tiny_folders, tmp_path, monkeypatch):
     trainer.save_model()
     assert counted == [8]
     assert json.loads((tmp_path / "checkpoint-2" / "model_card.json").read_text())["dataset"]["rows"] == 8
+
+
+def test_upstream_says_nothing_that_is_of_no_use(tiny_folders, tmp_path):
+    """A whole command in a process of its own, as a user starts it: an adapter, checkpointing, a shared prefix, scoring."""
+    data = dataset("qwen2", 4)
+    data.remove_columns("images").to_json(tmp_path / "rows.jsonl")
+    settings = {"model_name_or_path": tiny_folders["qwen2"], "dataset_name": tmp_path / "rows.jsonl"}
+    settings |= {"output_dir": tmp_path / "run", "max_steps": 1, "report_to": "none", "share_prefix": "true"}
+    settings |= {"gradient_checkpointing": "true", "use_cpu": "true", "use_peft": "true", "load_in_4bit": "true"}
+    argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run([sys.executable, "-m", "trl_mprm.cli", "train", *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for noise in ("FutureWarning", "gemm_4bit", "pin_memory", "0.00 GB"):
+        assert noise not in done.stderr + done.stdout, done.stderr
+
+
+def test_a_null_among_labels_or_steps_names_its_row(tiny_folders, tmp_path):
+    row = {"prompt": "q", "completions": ["a", "b"], "labels": [1.0, 0.0]}
+    for change, message in (
+        ({"labels": [1.0, None]}, "label of step 1 is None"),
+        ({"completions": ["a", None]}, "step 1 is"),
+    ):
+        data = Dataset.from_list([row, row | change])
+        with pytest.raises(ValueError, match=f"train_dataset, row 1: {message}"):
+            ProcessRewardTrainer(tiny_folders["qwen2"], config(tmp_path), train_dataset=data)
+
+
+def test_what_is_no_configuration_or_no_data_set(tiny_folders, tmp_path):
+    data = dataset("qwen2")
+    for change, message in (
+        ({"args": TrainingArguments(str(tmp_path))}, "args is a TrainingArguments, expected a ProcessRewardConfig"),
+        (
+            {"train_dataset": DatasetDict(train=data, test=data)},
+            r"train_dataset is a dict of data sets \(train, test\)",
+        ),
+        ({"train_dataset": data.to_list()}, "train_dataset is a list, expected a datasets.Dataset: Dataset.from_list"),
+    ):
+        kwargs = {"args": config(tmp_path), "train_dataset": data} | change
+        with pytest.raises(ValueError, match=message):
+            ProcessRewardTrainer(tiny_folders["qwen2"], **kwargs)
+    with pytest.raises(ValueError, match="a row is 'prompt', expected a dict"):
+        DataCollatorForProcessReward(None)(["prompt"])

@@ -432,6 +432,7 @@ def test_start_tells_what_is_trained(tiny_folders, tmp_path, capsys):
     assert lines[0].startswith("trained parameters: ") and " of " in lines[0] and lines[0].endswith("%)")
     assert lines[1] == "in 4 bit: none"
     assert lines[2].startswith("memory: ") and lines[2].endswith("activations not counted")
+    assert " MB (weights " in lines[2] and " GB" not in lines[2]  # a tiny model is not of 0.00 GB
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_5_vl", "gemma3", "qwen2"])

@@ -32,9 +32,12 @@ from ..prompting.rendering import render_prefix_text, render_prefixes
 from ..prompting.step_format import StepFormat
 from ..prompting.tokens import ProcessingClass, tokenizer_of
 from .anatomy import base_of, is_vision_language, modules_beside_decoder
+from .quiet import quiet_upstream
 
 
 logger = logging.getLogger(__name__)
+
+quiet_upstream()
 
 
 def load_model(

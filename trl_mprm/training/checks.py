@@ -45,6 +45,14 @@ def check_dataset(
     dataset: Dataset | IterableDataset, name: str, loss_type: str = "hard", source_weights: bool = False
 ) -> None:
     """Raise `ValueError` for the first row without steps or usable labels, before training; streams fail at the row."""
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"{name} is a dict of data sets ({', '.join(map(str, dataset))}): give one of them, as {name}[{next(iter(dataset))!r}]"
+        )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}, expected a datasets.Dataset: Dataset.from_list makes one of rows"
+        )
     if dataset.column_names is None:  # of a stream, as after a map; its rows are checked as they come
         return
     loss = LOSSES[loss_type]
@@ -92,14 +100,15 @@ def _all_rows_fit(table: pa.Table) -> bool:
         return False
     steps, labels = steps.combine_chunks(), labels.combine_chunks()
     texts, values = pc.list_flatten(steps), pc.list_flatten(labels).cast(pa.float64())
+    if texts.null_count or values.null_count:
+        return False
     # A visible letter of ASCII makes a text; what has none is asked one by one.
     others = texts.filter(pc.invert(pc.fill_null(pc.match_substring_regex(texts, "[!-~]"), False)))
     blank = not all(map(is_text, others.to_pylist()))
     usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
     same_length = pc.all(pc.equal(pc.list_value_length(steps), pc.list_value_length(labels))).as_py()
     labelled = np.unique(pc.list_parent_indices(labels).to_numpy()[pc.not_equal(values, IGNORE_INDEX).to_numpy(False)])
-    whole = texts.null_count == values.null_count == 0 and len(labelled) == len(table)
-    return whole and same_length and not blank and pc.all(usable).as_py()
+    return len(labelled) == len(table) and same_length and not blank and pc.all(usable).as_py()
 
 
 def check_images(dataset: Dataset | IterableDataset, name: str) -> None:

@@ -95,6 +95,8 @@ class DataCollatorForProcessReward:
     source_weights: dict[str, float] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if odd := next((row for row in rows if not isinstance(row, dict)), None):
+            raise ValueError(f"a row is {odd!r:.60}, expected a dict with prompt, completions and labels")
         prepared = [self._prepared(row, index) for index, row in enumerate(rows)]
         used, inputs, dropped = (self._shared if self.share_prefix else self._plain)(prepared)
         labels = inputs.pop("labels")
@@ -159,9 +161,11 @@ class DataCollatorForProcessReward:
         """Render rows and cut those that are too long; what is read, and how many rows, steps and labels were not."""
         try:
             rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
-        except ValueError:
-            for row in rows:  # a processor that refuses a picture of a batch does not say whose
-                render_rows([row], self.processing_class, self.step_format)
+        except ValueError as error:
+            if not any(str(error).startswith(row_name(row, index)) for index, row in enumerate(rows)):
+                for index, row in enumerate(rows):  # a processor that refuses a picture of a batch does not say whose
+                    named = row | {"rollout_id": row.get("rollout_id") or f"{index} of the batch"}
+                    render_rows([named], self.processing_class, self.step_format)
             raise
         fitting, dropped = [], [0, 0, 0]
         for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):

@@ -7,9 +7,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..models.quiet import quiet_upstream
 from ..prompting.step_format import StepFormat
 from .loss import LOSSES
 
+
+quiet_upstream()
 
 OVERLONG = ("error", "drop_steps", "drop_row")
 REWARD_HEADS = ("lm", "classification")

@@ -46,8 +46,10 @@ def host_args(args: ProcessRewardConfig, model: PreTrainedModel, streams: bool) 
       without gradient.
     - `Trainer.create_accelerator_and_postprocess` takes `accelerator_config`: accelerate would dispatch a batch of a
       stream by cutting every tensor of it by rows, and those of pictures have other rows.
+    - `Trainer._get_dataloader` takes `dataloader_pin_memory`: torch warns where there is no device to pin it for.
     """
     args = copy.copy(args)
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
     args.label_names = args.label_names or ["labels"]
     if is_vision_language(model.config) and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True

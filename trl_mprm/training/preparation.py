@@ -91,6 +91,10 @@ def describe_model(model: PreTrainedModel | PeftModel, optim: str) -> str:
     return (
         f"trained parameters: {trained:,} of {stored:,} ({trained / stored:.2%})\n"
         f"in 4 bit: {quantised}\n"
-        f"memory: {total / 1e9:.2f} GB (weights {weights / 1e9:.2f}, gradients {gradients / 1e9:.2f}, "
-        f"optimizer states {states / 1e9:.2f}), activations not counted"
+        f"memory: {_size(total)} (weights {_size(weights)}, gradients {_size(gradients)}, optimizer states "
+        f"{_size(states)}), activations not counted"
     )
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

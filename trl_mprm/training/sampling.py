@@ -53,9 +53,10 @@ def prompt_groups(dataset: Dataset) -> list[list[int]]:
 
 def unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The same rows as plain Python values, whatever `with_format` asked for; a transform of one's own stays."""
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+    if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
-    return dataset.with_format(None)
+    own = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    return dataset if own else dataset.with_format(None)
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -77,16 +77,12 @@ class ProcessRewardTrainer(HostedTrainer):
     ):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: rows with `prompt`, `completions` and `labels`")
-        if args is None:
-            model_id = model if isinstance(model, str) else model.name_or_path
-            args = ProcessRewardConfig(f"{Path(model_id).name or 'model'}-PRM")
-        train_dataset, eval_dataset = (_map(rows, unformatted) for rows in (train_dataset, eval_dataset))
+        args = _checked(args, model)
+        train_dataset, eval_dataset = unformatted(train_dataset), _map(eval_dataset, unformatted)
         datasets = named_datasets(train_dataset, eval_dataset)
         for name, dataset in datasets:
             check_dataset(dataset, name, args.loss_type, args.source_weights is not None)
             check_images(dataset, name)
-        if args.n_gpu > 1:
-            raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process a GPU")
         if isinstance(model, str) and quantization_config is not None and peft_config is None:
             raise ValueError("quantised weights cannot be trained: give a `peft_config` with the quantisation")
         model, processing_class = prepare_model(model, args, processing_class, quantization_config)
@@ -298,6 +294,19 @@ class ProcessRewardTrainer(HostedTrainer):
 
     def write_card(self, folder: str | Path) -> None:
         write_card(folder, run_record(self, self.dataset_facts, self.card_names))
+
+
+def _checked(args: ProcessRewardConfig | None, model: str | PreTrainedModel | PeftModel) -> ProcessRewardConfig:
+    if args is None:
+        model_id = model if isinstance(model, str) else model.name_or_path
+        args = ProcessRewardConfig(f"{Path(model_id).name or 'model'}-PRM")
+    if not isinstance(args, ProcessRewardConfig):
+        raise ValueError(
+            f"args is a {type(args).__name__}, expected a ProcessRewardConfig: it takes the same arguments"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process a GPU")
+    return args
 
 
 def _added(overlong: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
