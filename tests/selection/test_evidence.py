@@ -160,3 +160,20 @@ def test_outputs_have_the_rights_that_the_user_gives_to_files(raw, tmp_path):
         os.umask(before)
     for path in (*(tmp_path / "out").iterdir(), *(tmp_path / "saved").iterdir(), tmp_path / "page.html"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_a_training_tells_of_the_selection_of_its_own_rows(raw, tmp_path, tiny_folders, capsys):
+    """Two outputs in one folder: the card of a model trained on the first one tells of the first."""
+    out = tmp_path / "d"
+    select_files(raw / "tiles.jsonl", out / "a.jsonl", fraction=0.5)
+    select_files(raw / "bars.jsonl", out / "b.jsonl", fraction=0.5)
+    argv = ["train", "--model_name_or_path", tiny_folders["qwen2"], "--max_steps", "1", "--use_cpu", "--report_to"]
+    argv += ["none", "--dtype", "float32", "--dataset_name", str(out / "a.jsonl"), "--output_dir"]
+    assert main([*argv, str(tmp_path / "one")]) == 0
+    selection = json.loads((tmp_path / "one" / "model_card.json").read_text())["selection"]
+    assert list(selection["sources"]) == ["tiles"] and selection["alpha"] == 0.2
+    text = (out / "a.jsonl").read_text()
+    (out / "a.jsonl").write_text(text.replace('"labels": [1.0, 0]', '"labels": [0.5, 0]', 1))
+    assert main([*argv, str(tmp_path / "two")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "a.jsonl changed after a.selection.json was written, which tells the sources of its lines" in error

@@ -659,7 +659,7 @@ def test_the_rule_column_from_the_command_line_to_page_and_card(tmp_path, capsys
     assert "rollouts kept by hops &amp; co" in page and "the highest value of a column" in page
     assert "does not cut in this plane" in page
     card = dataset_card("you/kept", json.loads((tmp_path / "out" / "selection.json").read_text())).text
-    assert "| rule | `hops & co`: the highest value of a column (`hops & co`) |" in card
+    assert "| rule | `hops & co`: the highest value of a column |" in card
     assert "--rule column --fraction 0.3 --column 'hops & co' --by" not in card
     assert "--rule column --fraction 0.3 --column 'hops & co' --ties first" in card
 

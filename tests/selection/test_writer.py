@@ -197,4 +197,4 @@ def test_a_name_of_a_source_cannot_break_the_tables_of_a_card(tmp_path):
     row = {"prompt": "?", "completions": ["a"], "labels": [1], "source": "a\\|b\r\n\n# c"}
     (tmp_path / "toy.jsonl").write_text(json.dumps(row) + "\n")
     report = select_files(tmp_path / "toy.jsonl", tmp_path / "kept.jsonl", fraction=1.0)
-    assert "\n| a\\&#124;b # c | 1 | 1 |" in dataset_card("you/kept", report).text
+    assert "\n| a&#92;&#124;b # c | 1 | 1 |" in dataset_card("you/kept", report).text

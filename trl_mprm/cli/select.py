@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from ..selection.bis import ALPHA
 from ..selection.rules import RULES
-from ..text import plain
+from ..text import one_line
 from .arguments import ShowDefaults, print_table, say
 
 
@@ -81,7 +81,7 @@ def select(args: argparse.Namespace) -> int:
 
 
 def _short(name: str) -> str:
-    name = " ".join(plain(name).split())
+    name = one_line(name)
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 

@@ -10,6 +10,7 @@ _NAMES = {
     "top_fraction": "datasets",
     "select_files": "files",
     "report_table": "report",
+    "find_report": "report",
     "compare_rules": "comparison",
 }
 __all__ = list(_NAMES)

@@ -39,7 +39,7 @@ def balanced_information(scores: np.ndarray, offsets: np.ndarray, alpha: float =
             The paper's alpha, at least 0. The paper takes 0.05 for the top 25% and 0.2 for the top 10%.
 
     Returns:
-        `dict` of arrays with one entry a rollout: `bis`, `bis_p_pos`, `bis_reliability` (NaN where the rollout has no
+        `dict` of arrays with one entry per rollout: `bis`, `bis_p_pos`, `bis_reliability` (NaN where the rollout has no
         measured step, or a score that is no number in [0, 1]), `bis_n_steps` (measured steps, the paper's n), and
         `n_pos`, `mc_sum` (positive steps and sum of scores).
 

@@ -7,7 +7,7 @@ own corpus and its fraction of 25%:
     {"rollouts": 565096, "steps": 3174394, "steps_per_rollout": 5.62, "words_per_step": 27.8, "error_step_share": 0.0357,
      "mean_mc": 0.8566, "mixed_share": 0.0767, "all_wrong_share": ..., "mean_group_size": ...}
 
-The corpus is read once, a few bytes a rollout are remembered, and every rule cuts these. No text is kept.
+The corpus is read once, a few bytes per rollout are remembered, and every rule cuts these. No text is kept.
 """
 
 import os

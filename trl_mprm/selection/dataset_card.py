@@ -7,6 +7,7 @@ from shlex import join
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..data.hub import is_hub_id
+from ..text import code, markdown, one_line
 from .report import all_wrong_warning
 from .rules import rule_of_report
 
@@ -53,14 +54,15 @@ def dataset_card(repo_id: str, report: dict, license: str | None = None) -> Data
         template_path=CARD,
         name=repo_id,
         report=report,
-        rows=[*report["sources"].items(), ("all", report["total"])],
+        rows=[*((markdown(name), row) for name, row in report["sources"].items()), ("all", report["total"])],
+        rule_name=code(report["rule"]),
         rule=entry.words,
         stratum="the whole corpus" if report["by"] == "corpus" else "each source",
         shares=SHARES,
         warning=all_wrong_warning(report),
         dataset_ids=[_with_revision(item, report.get("input_revisions", {}).get(item)) for item in hub_ids],
         version=version("trl-mprm"),
-        command=join([*words, "--output", "kept"]),
+        command=one_line(join([*words, "--output", "kept"])),
     )
 
 

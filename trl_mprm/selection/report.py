@@ -1,4 +1,4 @@
-"""What a selection says of itself."""
+"""The evidence of a selection: its report, the lines and tables made of it, and the report of given rows."""
 
 import math
 import os
@@ -10,6 +10,7 @@ import numpy as np
 from ..data.evidence import content_hash, read_report, report_path, reports_beside
 from ..data.hub import hub_snapshot, is_hub_id
 from ..data.shards import input_files
+from ..text import one_line
 from .rules import score_of_kinds
 from .summary import REASONS, UNKNOWN, Summary, reason_of_kinds
 from .threshold import Cut
@@ -40,7 +41,9 @@ def describe_refused(summary: Summary, cut: Cut) -> list[str]:
             count = np.bincount(summary.kinds["source"][mine], summary.count[mine], len(summary.sources)).astype(int)
             sources = ", ".join(f"{name} {n:,}" for name, n in zip(summary.sources, count, strict=True) if n)
             where = f"{summary.lines[shard][0]}:{cut.first_line[shard] + line + 1}"
-            lines.append(f"{REASONS[reason]}: refused {count.sum():,} rows ({sources}), the first at {where}")
+            lines.append(
+                one_line(f"{REASONS[reason]}: refused {count.sum():,} rows ({sources}), the first at {where}")
+            )
     return lines
 
 

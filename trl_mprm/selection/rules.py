@@ -1,5 +1,5 @@
 """
-The rules of a selection, one entry each, and what a user asks of a cut.
+The rules of a selection, one entry each, and the request for a cut.
 
 A rule ranks rollouts by a score, the highest first; [`~trl_mprm.selection.threshold`] does the rest for all of them.
 A new rule is one more entry of `RULES`: `select`, `select_files`, the command line, page, card and comparison read it.
@@ -25,7 +25,7 @@ from .bis import ALPHA, check_alpha, score_of_sums
 @dataclass(frozen=True)
 class CutSpec:
     """
-    What is asked of a cut; it travels whole from the command line to report and card.
+    The request for a cut; it travels whole from the command line to report and card.
 
     Attributes:
         rule (`str`): Name of an entry of `RULES`.
@@ -109,7 +109,7 @@ class Rule:
 
     Attributes:
         name (`str`): For `select(rollouts, name)` and `--rule`.
-        words (`str`): What is kept, for `--help`, page and card.
+        words (`str`): The kept rollouts in words, for `--help`, page and card.
         score (`Callable`): `(Kinds, CutSpec)` to the score of each kind, highest first.
         by_hash (`bool`): Ties are always broken by the seeded hash.
         of_bis (`bool`): The score is BIS: alpha counts, and the page draws the cut on the axis of BIS.

@@ -1,5 +1,5 @@
 """
-What is remembered of each row, and the summaries that travel: rows -> a few bytes per row -> small tables. No files here.
+Scores, a few bytes that are remembered per row, and summaries, the small tables that travel. No files here.
 
 A score depends on few numbers of a rollout: the measured steps, the positive ones, the sum of their scores. Few
 different triples exist where a score is k of 16 continuations, so a shard tells the others how many rollouts it has of
@@ -20,7 +20,7 @@ import pyarrow as pa
 from ..data.rows import Reason
 
 
-# What a row can be refused for; its index here is its number. `no_score`: no number where the rule looks for one.
+# The reasons for which a row can be refused; the index of a reason is its number. `no_score`: no number where the rule looks for one.
 REASONS = (*map(str, Reason), "no_score")
 
 IMAGE_MISSING = REASONS.index(Reason.IMAGE_MISSING)
@@ -70,7 +70,7 @@ class Summary:
 @dataclass(frozen=True)
 class Scores:
     """
-    What is remembered of each line of a shard: a few bytes.
+    The few bytes that are remembered per line of a shard.
 
     Attributes:
         shard (`int`), file (`str`), source (`str`): Where the lines stand; `source` is the one by file name.

@@ -35,7 +35,7 @@ class Cut:
     Which rows are kept. Made by [`find_cut`], completed by [`settle`], applied by [`kept_rows`].
 
     Attributes:
-        spec ([`~trl_mprm.selection.rules.CutSpec`]): What was asked.
+        spec ([`~trl_mprm.selection.rules.CutSpec`]): The request.
         check_images (`bool`): False if not one image was found and no image root was given.
         sources (`tuple[str]`): Names, sorted.
         stratum (`np.ndarray`): Of each source, the stratum that it is cut with: one of its own, or one for all. The
@@ -82,7 +82,7 @@ def find_cut(summary: Summary, spec: CutSpec, *, images_required: bool = False) 
         summary ([`~trl_mprm.selection.summary.Summary`]):
             Of all rows of the corpus.
         spec ([`~trl_mprm.selection.rules.CutSpec`]):
-            What is asked.
+            The request.
         images_required (`bool`, *optional*, defaults to `False`):
             Refuse rows without their images even if not one row has them.
 
@@ -154,7 +154,7 @@ def _window(cut: Cut) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tie_counts(scores: Scores, cut: Cut) -> Ties:
-    """What [`settle`] needs to know of the ties of a shard: a few kilobytes."""
+    """The ties of a shard as [`settle`] needs to know them: a few kilobytes."""
     low, high = cut.window
     below, inside = np.zeros(len(cut.valid), np.int64), {}
     for number, rows in _tied(scores, cut):
