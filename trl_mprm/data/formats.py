@@ -49,8 +49,7 @@ def to_row(record: dict | None, drop_answer_step: bool = False) -> dict:
 
     ```
     """
-    if record is None:
-        raise Refused(Reason.NOT_JSON)
+    _check_object(record)
     row = _raw_row(record) if record.get("steps_with_score") is not None else _stepwise_row(_stepwise(record))
     if drop_answer_step and states_answer(row["completions"][-1]):
         row["labels"][-1], row["mc_scores"] = -100.0, [*row["mc_scores"][:-1], None]
@@ -74,8 +73,7 @@ def to_solution(record: dict | None) -> dict:
 
     ```
     """
-    if record is None:
-        raise Refused(Reason.NOT_JSON)
+    _check_object(record)
     steps = record.get("steps_with_score")
     if isinstance(steps, list):
         steps = [step.get("step") if isinstance(step, dict) else None for step in steps]
@@ -84,6 +82,13 @@ def to_solution(record: dict | None) -> dict:
         record = _stepwise(record)
     check_steps(record.get("completions"))
     return {"prompt": prompt_text(record), "completions": record["completions"]}
+
+
+def _check_object(record: object) -> None:
+    if not isinstance(record, dict):
+        raise Refused(
+            Reason.NOT_JSON, f"expected an object with keys, got {record!r:.60}" if record is not None else ""
+        )
 
 
 def states_answer(step: str) -> bool:
@@ -169,8 +174,12 @@ def _stepwise(record: dict) -> dict:
     for text, marked in (("input", "label"), ("instruction", "output")):
         if isinstance(record.get(text), str) and isinstance(record.get(marked), str):
             return marked_text(record[text], record[marked])
-    if not record.keys() & {"question", "question_orig", "prompt", "completions"}:
-        raise Refused(Reason.UNKNOWN_FORMAT)
+    if not record.keys() & {"completions", "steps_with_score"}:
+        raise Refused(
+            Reason.UNKNOWN_FORMAT,
+            f"expected `steps_with_score`, or `prompt`, `completions` and `labels`, found the keys "
+            f"{', '.join(map(repr, record)) or 'of an empty object'}",
+        )
     return record
 
 

@@ -50,6 +50,8 @@ class ImageFinder:
         The path of an image, or its bytes if they came along (`{"bytes": ..., "path": ...}`, in JSON as base64), or what
         is wrong.
         """
+        if isinstance(image, bytes):
+            image = {"bytes": image}
         if isinstance(image, dict):
             data = image.get("bytes")
             try:
@@ -225,9 +227,12 @@ def open_image(image: "Image.Image | str | os.PathLike | dict[str, Any]") -> "Im
     """
     Take an image in RGB as it is, or open a path or what an undecoded column holds (`{"bytes", "path"}`).
 
+    An image is turned as its EXIF orientation says, which `datasets` does when it decodes a column. What is transparent
+    becomes white: in a drawing of black lines on transparent ground, plain conversion makes all of it black.
+
     Raises `ValueError` where there is none, or the file is not a whole image.
     """
-    from PIL import Image
+    from PIL import ExifTags, Image, ImageOps
 
     source, name = image, image
     if isinstance(image, dict):
@@ -237,6 +242,12 @@ def open_image(image: "Image.Image | str | os.PathLike | dict[str, Any]") -> "Im
     if not isinstance(source, Image.Image | str | os.PathLike | io.BytesIO):
         raise ValueError(f"image is {image!r:.80}, expected a PIL image, a path, or a dict of its `bytes` or `path`")
     try:
-        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            picture = ImageOps.exif_transpose(picture)
+        if picture.has_transparency_data:
+            ground = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+        return picture.convert("RGB")
     except Exception as error:  # Pillow: whatever a decoder meets in a broken file, SyntaxError in a broken PNG
         raise ValueError(f"cannot read image {name}: {error}") from error

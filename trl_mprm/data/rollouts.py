@@ -16,16 +16,18 @@ or a stepwise row as TRL had it: {"prompt": "Find x.", "completions": ["x = 5."]
 A row that cannot be used is refused, for one named reason.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -62,12 +64,13 @@ UNDECODED = Features({**FEATURES, "images": List(Image(decode=False))})
 
 
 class Refusal(NamedTuple):
-    """A row that was not used. `line` counts from 1, as editors do."""
+    """A row that was not used. `line` counts from 1, as editors do; `detail` says what was found."""
 
     file: str
     line: int
     source: str
     reason: Reason
+    detail: str = ""
 
 
 class Rollout(NamedTuple):
@@ -271,7 +274,7 @@ def read_rollouts(
     >>> for item in read_rollouts(file):
     ...     print(item.line, item.row["labels"] if hasattr(item, "row") else item.reason)
     1 [1.0]
-    2 empty_steps
+    2 unknown_format
 
     ```
     """
@@ -287,7 +290,7 @@ def read_rollouts(
             row["source"] = own_text(record, "source") or source
             row["rollout_id"] = own_text(record, "rollout_id") or f"{source}:{number}"
         except Refused as refused:
-            yield Refusal(file, number + 1, own_text(record, "source") or source, refused.reason)
+            yield Refusal(file, number + 1, own_text(record, "source") or source, refused.reason, refused.detail)
         else:
             yield Rollout(file, number + 1, source, row)
 
@@ -300,7 +303,10 @@ def describe_refusals(refusals: Iterable[Refusal]) -> list[str]:
     lines = []
     for reason, rows in by_reason.items():
         sources = ", ".join(f"{source} {count:,}" for source, count in Counter(row.source for row in rows).items())
-        lines.append(f"{reason}: refused {len(rows):,} rows ({sources}), the first at {rows[0].file}:{rows[0].line}")
+        detail = f": {rows[0].detail}" * bool(rows[0].detail)
+        lines.append(
+            f"{reason}: refused {len(rows):,} rows ({sources}), the first at {rows[0].file}:{rows[0].line}{detail}"
+        )
     return lines
 
 
@@ -336,20 +342,39 @@ def _records(
 def _write_arrow(rows: Iterable[dict]) -> tuple[Path, int]:
     """Write rows to an Arrow file in the cache of `datasets`, named by its content, and count them."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_mprm"
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{uuid.uuid4().hex}.part"
     schema, n_rows = FEATURES.arrow_schema, 0
-    try:
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with _temporary_file(folder) as file:
+        with pa.ipc.new_stream(file, schema) as writer:
             for chunk in chunks(rows, 1000):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
                 n_rows += len(chunk)
-        with open(part, "rb") as file:
-            path = folder / f"{hashlib.file_digest(file, 'blake2b').hexdigest()[:32]}.arrow"
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        file.seek(0)
+        path = folder / f"{hashlib.file_digest(file, 'blake2b').hexdigest()[:32]}.arrow"
+        Path(file.name).replace(path)
     return path, n_rows
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[BinaryIO]:
+    """A file that is deleted at the end unless it was renamed. It is locked while this process lives; free ones go."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / f"{uuid.uuid4().hex}.part", "xb+")
+    except OSError as error:
+        raise OSError(
+            f"cannot keep the rows in {folder} ({error.strerror}): set HF_HOME to a folder that can be written"
+        ) from error
+    with file:
+        with suppress(OSError):  # no locks on this file system: then nothing is removed there either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for left in set(folder.glob("*.part")) - {Path(file.name)}:
+            with suppress(OSError), open(left, "rb") as other:  # in use, or gone
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+        try:
+            yield file
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 def chunks(rows: Iterable, size: int) -> Iterator[list]:

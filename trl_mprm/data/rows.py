@@ -30,9 +30,9 @@ class Reason(StrEnum):
     """Why a row is refused. The first reason that holds is the one that is named."""
 
     NOT_JSON = "not_json"  # the line is no JSON object
-    UNKNOWN_FORMAT = "unknown_format"  # no key of any supported format
+    UNKNOWN_FORMAT = "unknown_format"  # no key under which a supported format has its steps
     PROMPT_MISSING = "prompt_missing"  # no question, an empty one, or a chat that is not one user turn of text
-    EMPTY_STEPS = "empty_steps"  # neither `steps_with_score` nor `completions`, or an empty list
+    EMPTY_STEPS = "empty_steps"  # `steps_with_score` or `completions` is an empty list, or no list
     STEP_WITHOUT_TEXT = "step_without_text"
     TEXT_NOT_UNICODE = "text_not_unicode"  # a lone surrogate, which no file and no tokenizer can hold
     LABELS_NOT_ONE_A_STEP = "labels_not_one_a_step"  # labels, mc_scores or mc_counts: another length than the steps

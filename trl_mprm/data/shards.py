@@ -13,6 +13,7 @@ compressed is one shard a file.
 
 import glob
 import io
+import json
 import math
 import os
 import uuid
@@ -210,6 +211,8 @@ def line_batches(shard: Shard, keys: Iterable[str] = READ_KEYS) -> Iterator[tupl
     with open_packed(shard.file, shard.member) as file:
         file.seek(shard.start)
         while left > 0 and (block := file.read(min(BATCH_BYTES, left))):
+            if shard.start == 0 and left == (math.inf if shard.stop is None else shard.stop):
+                _check_encoding(shard.place, block)
             left -= len(block)
             end = block.rfind(b"\n") + 1
             if not end:
@@ -226,6 +229,15 @@ def line_batches(shard: Shard, keys: Iterable[str] = READ_KEYS) -> Iterator[tupl
         if last := b"".join(tail):
             yield last, [last]
     check_unchanged(shard)
+
+
+def _check_encoding(place: str, block: bytes) -> None:
+    encoding = json.detect_encoding(block[:4])
+    if not encoding.startswith("utf-8"):
+        raise ValueError(
+            f"{place}: expected JSON lines in UTF-8, got {encoding.upper()}: convert it, as by "
+            f"iconv -f {encoding.upper()} -t UTF-8"
+        )
 
 
 def lines_at(shard: Shard, numbers: np.ndarray, length: np.ndarray) -> Iterator[tuple[bytes, bytes]]:

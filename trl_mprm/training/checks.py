@@ -103,7 +103,7 @@ def _all_rows_fit(table: pa.Table) -> bool:
     if texts.null_count or values.null_count:
         return False
     # A visible letter of ASCII makes a text; what has none is asked one by one.
-    others = texts.filter(pc.invert(pc.fill_null(pc.match_substring_regex(texts, "[!-~]"), False)))
+    others = texts.filter(pc.invert(pc.match_substring_regex(texts, "[!-~]")))
     blank = not all(map(is_text, others.to_pylist()))
     usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
     same_length = pc.all(pc.equal(pc.list_value_length(steps), pc.list_value_length(labels))).as_py()
