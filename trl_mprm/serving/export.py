@@ -40,6 +40,7 @@ SERVED = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
     "InternVLForConditionalGeneration",
 )
 
