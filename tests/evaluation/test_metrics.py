@@ -490,7 +490,7 @@ def test_errors(arguments, message):
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([[0.5], []], "candidate 1 has no scores, expected one a step"),
+        ([[0.5], []], "candidate 1 has no scores, expected one per step"),
         ([[], [0.5]], "candidate 0 has no scores"),
         ([[0.5], [0.5, float("nan")]], r"candidate 1: scores must be numbers in \[0, 1\], got nan"),
         ([[0.5], [None]], "candidate 1: scores must be numbers in .* got None"),
