@@ -11,7 +11,7 @@ from ..data.evidence import content_hash, read_report, report_path, reports_besi
 from ..data.hub import hub_snapshot, is_hub_id
 from ..data.shards import input_files
 from ..text import one_line
-from .rules import score_of_kinds
+from .rules import rule_of_report, score_of_kinds
 from .summary import REASONS, UNKNOWN, Summary, reason_of_kinds
 from .threshold import Cut
 
@@ -93,10 +93,10 @@ def all_wrong_warning(report: dict) -> str | None:
     n, kept = report["total"]["all_wrong"], report["total"]["kept"]
     if n is None or n <= MANY_ALL_WRONG * kept:
         return None
-    return (
-        f"{n:,} of {kept:,} kept rollouts ({n / kept:.0%}) have no positive step: the paper sets R = 1 for these, so that "
-        "they tie with the perfect ones at alpha; a smaller fraction, or the rule mixed, keeps fewer"
-    )
+    line = f"{n:,} of {kept:,} kept rollouts ({n / kept:.0%}) have no positive step"
+    if rule_of_report(report).of_bis:
+        line += ": the paper sets R = 1 for these, so that they tie with the perfect ones at alpha"
+    return f"{line}; a smaller fraction, or the rule mixed, keeps fewer"
 
 
 def report_table(report: dict) -> list[list]:
