@@ -182,7 +182,8 @@ def bench(quick: bool, before: Path | None, repeats: int, root: Path) -> dict:
             "overlap": overlap(corpus, root / "ours"),
         }
         shutil.rmtree(corpus)
-        print(f"{name}: done", file=sys.stderr)
+        shares = {other: f"{times['cpu'] / seconds['plain']['cpu']:.2f}" for other, times in seconds.items()}
+        print(f"{name}: CPU / plain {shares}", file=sys.stderr)
     write_corpus(root / "corpus", 1000)
     small = {name: contestants[name] for name in contestants if name != "parse"}
     results["1,000 rows"] = race(root / "corpus", small, max(repeats, 3), root)

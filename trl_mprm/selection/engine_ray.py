@@ -84,10 +84,10 @@ class RayRun:
         """One summary for each core of the cluster."""
         scored = [_score.remote(os.getcwd(), shard, self.image_root, self.options) for shard in self.shards]
         self.scores = [scores for scores, _ in scored]
-        n_parts = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        parts = [[summary for _, summary in scored[part::n_parts]] for part in range(n_parts)]
+        n_cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        shares = [[summary for _, summary in scored[core::n_cores]] for core in range(n_cores)]
         _wait([summary for _, summary in scored], "scoring")
-        for message in _get([_merge.remote(*part) for part in parts if part]):
+        for message in _get([_merge.remote(*share) for share in shares if share]):
             self.message_bytes.append(len(message))
             yield unpack(message)
 
