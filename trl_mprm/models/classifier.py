@@ -77,13 +77,21 @@ def load_step_classifier(folder: str, head: str, **model_init_kwargs: Any) -> St
 
 
 def check_classifier(model: torch.nn.Module) -> None:
-    """Raise `ValueError` where a model has no head of two labels; switch its dropout off, as TRL's `PRMTrainer` did."""
+    """Raise `ValueError` where a model has no head of two labels."""
     base = base_of(model)
-    if type(base) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.values() or base.config.num_labels != 2:
+    if not is_token_classifier(model) or base.config.num_labels != 2:
         raise ValueError(
             f'reward_head="classification" needs an AutoModelForTokenClassification of 2 labels, got '
             f"{type(base).__name__} of {base.config.num_labels}: give its id, or load it with num_labels=2"
         )
+
+
+def is_token_classifier(model: torch.nn.Module) -> bool:
+    return type(base_of(model)) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.values()
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Switch the dropout of a model off, as TRL's `PRMTrainer` did."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

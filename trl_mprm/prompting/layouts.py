@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.images import open_image
 from ..data.rows import check_steps
-from .step_format import StepFormat
+from .step_format import StepFormat, forbidden_tokens
 from .tokens import (
     ProcessingClass,
     Rendered,
@@ -126,16 +126,16 @@ def _image_placeholder(processor: ProcessorMixin) -> str:
 
 
 def render_plain_prefixes(
-    rows: Sequence[dict[str, Any]], processing_class: ProcessingClass, messages: tuple[tuple[str, str], ...]
+    rows: Sequence[dict[str, Any]], processing_class: ProcessingClass, step_format: StepFormat
 ) -> list[dict]:
     tokenizer = tokenizer_of(processing_class)
     prefixes = []
     for index, row in enumerate(rows):
         with errors_name_row(row, index):
-            check_prompt(row["prompt"], special_tokens(tokenizer))
+            check_prompt(row["prompt"], forbidden_tokens(tokenizer, step_format))
             if images_of(row):
                 raise ValueError("images came with a format that reads no images: remove the `images` column")
-        text = "".join(text for _, text in messages).replace("{question}", prompt_text(row["prompt"]))
+        text = "".join(text for _, text in step_format.messages).replace("{question}", prompt_text(row["prompt"]))
         prefixes.append({"input_ids": first_token(tokenizer) + tokenizer.encode(text, add_special_tokens=False)})
     return prefixes
 

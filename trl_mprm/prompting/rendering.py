@@ -132,7 +132,7 @@ def render_rows(
         if messages is None:
             prefixes, image_tensors = render_prefixes(prompts, processing_class)
         else:
-            prefixes, image_tensors = render_plain_prefixes(prompts, processing_class, messages), {}
+            prefixes, image_tensors = render_plain_prefixes(prompts, processing_class, step_format), {}
         rendered = []
         for index, row in enumerate(rows):
             prefix = prefixes[0 if same_prompt else index]

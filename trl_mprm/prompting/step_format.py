@@ -16,6 +16,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..files import write_json
+from .tokens import special_tokens
 
 
 class StepIds(NamedTuple):
@@ -69,11 +70,16 @@ class StepFormat:
         """Whether the layout has a place for images."""
         return self.messages is None or any("<image>" in text for _, text in self.messages)
 
+    @property
+    def takes_rendered_prompts(self) -> bool:
+        """Whether the prompt is all that stands before the steps, so that a chat may be rendered in it already."""
+        return self.messages == (("", "{question}"),)
+
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> StepIds:
         """Look the tokens up. Raises `ValueError` where the tokenizer lacks the marker or splits a reward token."""
         marker = tokenizer.encode(self.marker, add_special_tokens=False) if self.marker else []
         # Some published markers are plain text (a line end); those in angle brackets are one token each.
-        one_token = self.messages is None or re.fullmatch(r"<\S+>", self.marker)
+        one_token = self.messages is None or (self.messages[0][0] and re.fullmatch(r"<\S+>", self.marker))
         if one_token and (len(marker) != 1 or marker[0] == tokenizer.unk_token_id):
             do = "train with ProcessRewardTrainer first, or name a marker that the tokenizer has"
             if self.messages is not None:
@@ -122,6 +128,17 @@ class StepFormat:
             raise ValueError(
                 f"{path}: expected marker, reward_tokens and joiner ({error!r}): save it again"
             ) from error
+
+
+def forbidden_tokens(tokenizer: PreTrainedTokenizerBase, step_format: StepFormat) -> list[str]:
+    """
+    Special tokens that a prompt may not contain: all, for one could forge an image, a turn or a marker. Of a prompt that
+    may be a rendered chat, the marker alone.
+    """
+    special = special_tokens(tokenizer)
+    return (
+        [token for token in special if token in step_format.marker] if step_format.takes_rendered_prompts else special
+    )
 
 
 def _check_types(values: dict) -> None:

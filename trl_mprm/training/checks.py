@@ -56,7 +56,10 @@ def check_dataset(
     if dataset.column_names is None:  # of a stream, as after a map; its rows are checked as they come
         return
     loss = LOSSES[loss_type]
-    expected = {"prompt", "completions", "labels", *loss.columns}
+    if "input_ids" in dataset.column_names:
+        expected = {"input_ids", "labels"}
+    else:
+        expected = {"prompt", "completions", "labels", *loss.columns}
     expected |= {"source"} if source_weights else set()
     missing = expected - set(dataset.column_names)
     if missing:
@@ -73,6 +76,8 @@ def check_dataset(
         return
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows: check the selection")
+    if "input_ids" in dataset.column_names:
+        return  # one label a token; the collator checks each row
     table = arrow_columns(dataset, *expected - {"source"})
     if _all_rows_fit(table) and loss.fits(table):
         return
@@ -177,7 +182,7 @@ def check_lengths(dataset: Dataset | IterableDataset, name: str, column: str, ma
 
 def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name: str) -> None:
     """Raise `ValueError` for the first question with a special token, before training; streams fail at the row."""
-    if isinstance(dataset, IterableDataset) or not forbidden:
+    if isinstance(dataset, IterableDataset) or not forbidden or "input_ids" in dataset.column_names:
         return
     prompts = arrow_columns(dataset, "prompt")["prompt"]
     if not any(test(prompts.type) for test in TEXTS):  # chat messages are checked when they are rendered

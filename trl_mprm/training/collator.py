@@ -12,6 +12,7 @@ With `share_prefix`, rows of the same images and question come as one prefix and
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -22,7 +23,7 @@ from datasets import Image
 from ..data.rows import IGNORE_INDEX, check_row, question_key
 from ..models.reader import batch_inputs
 from ..models.shared_prefix import prefix_inputs, shared_length, suffix_inputs
-from ..prompting.rendering import render_rows
+from ..prompting.rendering import render_rows, render_steps
 from ..prompting.step_format import StepFormat
 from ..prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, tokenizer_of
 from .loss import LOSSES
@@ -49,6 +50,8 @@ class DataCollatorForProcessReward:
             Marker, reward tokens and joiner.
         max_length (`int`, *optional*):
             Most tokens a row may have, those of its images included. Images are never cut.
+        max_completion_length (`int`, *optional*):
+            Most tokens that the steps of a row may have.
         overlong (`str`, *optional*, defaults to `"error"`):
             What happens to a longer row: `"error"`, `"drop_steps"` (its last steps, as many as needed; the row where
             no label is left) or `"drop_row"`. The batch counts what was dropped under `extra["overlong"]`: rows,
@@ -89,6 +92,7 @@ class DataCollatorForProcessReward:
     processing_class: ProcessingClass
     step_format: StepFormat = StepFormat()
     max_length: int | None = None
+    max_completion_length: int | None = None
     overlong: str = "error"
     share_prefix: bool = False
     loss_type: str = "hard"
@@ -101,9 +105,10 @@ class DataCollatorForProcessReward:
         used, inputs, dropped = (self._shared if self.share_prefix else self._plain)(prepared)
         labels = inputs.pop("labels")
         extra: dict[str, torch.Tensor] = {}
-        if self.max_length is not None:
+        limited = self.max_length is not None or self.max_completion_length is not None
+        if limited:
             extra["overlong"] = torch.tensor(dropped)
-        if self.max_length is not None or self.share_prefix:  # which rows are left, and in which order
+        if limited or self.share_prefix:  # which rows are left, and in which order
             extra["row_index"] = torch.tensor([row["row_index"] for row in used])
             extra["n_rows"] = torch.tensor(len(rows))
         for name in used[0]["of_steps"]:
@@ -116,7 +121,10 @@ class DataCollatorForProcessReward:
     def _prepared(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """A checked row with its pictures at hand, and what the loss needs of each step."""
         name = row_name(row, index)
-        check_row(row, name)
+        if "input_ids" in row:
+            row = pretokenized(row, name)
+        else:
+            check_row(row, name)
         labels, of_steps = LOSSES[self.loss_type].of_row(row, name)
         if self.source_weights is not None:
             of_steps = of_steps | {"row_weights": [self.source_weights.get(row.get("source"), 1.0)] * len(labels)}
@@ -159,6 +167,8 @@ class DataCollatorForProcessReward:
         self, rows: list[dict[str, Any]], same_prompt: bool = False
     ) -> tuple[list[dict[str, Any]], list[Rendered], dict[str, torch.Tensor], list[int]]:
         """Render rows and cut those that are too long; what is read, and how many rows, steps and labels were not."""
+        if "rendered" in rows[0]:  # as it came
+            return rows, [row["rendered"] for row in rows], {}, [0, 0, 0]
         try:
             rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
         except ValueError as error:
@@ -169,13 +179,14 @@ class DataCollatorForProcessReward:
             raise
         fitting, dropped = [], [0, 0, 0]
         for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
-            if self.max_length is None or len(tokens.input_ids) <= self.max_length:
+            limit, rule = self._limit(row, tokens)
+            if len(tokens.input_ids) <= limit:
                 fitting.append(row)
                 continue
-            name = f"{row_name(row, index)} has {len(tokens.input_ids)} tokens, more than max_length {self.max_length}"
+            name = f"{row_name(row, index)} has {len(tokens.input_ids)} tokens, more than {rule}"
             if self.overlong == "error":
                 raise ValueError(f'{name}: raise max_length, or set overlong to "drop_steps" or "drop_row"')
-            n_kept = sum(position < self.max_length for position in tokens.positions)
+            n_kept = sum(position < limit for position in tokens.positions)
             n_kept *= self.overlong == "drop_steps" and any(label != IGNORE_INDEX for label in row["labels"][:n_kept])
             gone = row["labels"][n_kept:]
             counted = [int(n_kept == 0), len(gone), sum(label != IGNORE_INDEX for label in gone)]
@@ -190,6 +201,29 @@ class DataCollatorForProcessReward:
             fitting = fitting or [NOTHING | {"row_index": rows[0]["row_index"], "of_steps": of_steps}]
             rendered, image_tensors = render_rows(fitting, self.processing_class, self.step_format, same_prompt)
         return fitting, rendered, image_tensors, dropped
+
+    def _limit(self, row: dict[str, Any], tokens: Rendered) -> tuple[float, str]:
+        """How many tokens a row may have, and which rule says so."""
+        limits = [(math.inf, "")]
+        if self.max_length is not None:
+            limits.append((self.max_length, f"max_length {self.max_length}"))
+        if self.max_completion_length is not None:
+            tokenizer = tokenizer_of(self.processing_class)
+            steps, _ = render_steps(row["completions"], tokenizer, self.step_format.ids(tokenizer))
+            rule = f"max_completion_length {self.max_completion_length} allows"
+            limits.append((len(tokens.input_ids) - len(steps) + self.max_completion_length, rule))
+        return min(limits)
+
+
+def pretokenized(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """A row that came as `input_ids` and `labels`, one a token: its labels of steps, and its tokens."""
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    if len(ids) != len(labels):
+        raise ValueError(f"{name}: {len(ids)} input_ids and {len(labels)} labels, expected one label a token")
+    places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
+    if odd := [labels[place] for place in places if not 0 <= labels[place] <= 1]:
+        raise ValueError(f"{name}: label {odd[0]!r}, expected {IGNORE_INDEX} or a number from 0 to 1")
+    return {"labels": [float(labels[place]) for place in places], "rendered": Rendered(ids, places, {})}
 
 
 def _fetched(row: dict[str, Any], name: str) -> dict[str, Any]:

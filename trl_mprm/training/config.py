@@ -47,18 +47,27 @@ class ProcessRewardConfig(TrainingArguments):
             Weights of the rows of each `source`, 1 where none is named.
         max_length (`int`, *optional*):
             Most tokens a row may have, those of its images included. Images are never cut.
-        overlong (`str`, *optional*, defaults to `"error"`):
-            What happens to a longer row: `"error"`, `"drop_steps"` or `"drop_row"`. What was dropped is counted in the
+        max_completion_length (`int`, *optional*):
+            Most tokens that the steps of a row may have.
+        overlong (`str`, *optional*):
+            What happens to a longer row: `"error"`, `"drop_steps"` or `"drop_row"`. Defaults to `"error"`, and to
+            `"drop_steps"` with a classification head, as TRL's `PRMTrainer` cut rows. What was dropped is counted in the
             logs (`overlong_rows`, `overlong_steps`, `overlong_labelled_steps`; of an evaluation alone under
             `eval_overlong_rows` and so on).
         share_prefix (`bool`, *optional*, defaults to `False`):
             Run images and question of rollouts of one question once a batch. The rows of a question are drawn
             together, and its solutions are padded to the longest of them: in our test, of one to six steps of any
             length, a third of the tokens. Not under FSDP and DeepSpeed ZeRO-3.
-        reward_head (`str`, *optional*, defaults to `"lm"`):
-            `"lm"`: two tokens of the language-model head. `"classification"`: a head of two labels on a text-only
+        train_on_last_step_only (`bool`, *optional*, defaults to `False`):
+            Whether the training rows keep the label of their last step alone. An evaluation keeps all.
+        dataset_num_proc (`int`, *optional*):
+            Processes that prepare the data sets.
+        reward_head (`str`, *optional*):
+            Defaults to the head of the model: `"classification"` of a token classifier, else `"lm"`. `"lm"`: two tokens of the language-model head. `"classification"`: a head of two labels on a text-only
             model, as TRL's `PRMTrainer` trained; the prompt is plain text and a step is read at the last token of
             `step_separator`.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether the dropout of a token classifier is switched off.
         step_separator (`str`, *optional*, defaults to `"\\n"`):
             Text after every step, for `reward_head="classification"`.
         freeze_vision_encoder (`bool`, *optional*, defaults to `True`):
@@ -106,23 +115,30 @@ class ProcessRewardConfig(TrainingArguments):
         default=None, metadata={"help": "Weights of the rows of each source, as {'ChartQA': 2.0}."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens a row may have, images included."})
-    overlong: str = field(
-        default="error", metadata={"help": "'error', 'drop_steps' or 'drop_row' for longer rows.", "choices": OVERLONG}
+    max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens its steps may have."})
+    overlong: str | None = field(
+        default=None, metadata={"help": "'error', 'drop_steps' or 'drop_row' for longer rows.", "choices": OVERLONG}
     )
     share_prefix: bool = field(
         default=False, metadata={"help": "Run images and question of rollouts of one question once a batch."}
     )
-    reward_head: str = field(
-        default="lm",
-        metadata={"help": "'lm', or 'classification' as TRL's PRMTrainer.", "choices": REWARD_HEADS},
+    train_on_last_step_only: bool = field(default=False, metadata={"help": "Train on the last step of a row alone."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data sets."})
+    reward_head: str | None = field(
+        default=None,
+        metadata={
+            "help": "'lm', or 'classification' as TRL's PRMTrainer; default: that of the model.",
+            "choices": REWARD_HEADS,
+        },
     )
+    disable_dropout: bool = field(default=True, metadata={"help": "Switch the dropout of a token classifier off."})
     step_separator: str = field(default="\n", metadata={"help": "After a step, with reward_head='classification'."})
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "Do not train the vision encoder."})
 
     def __post_init__(self):
         choices = {"loss_type": tuple(LOSSES), "overlong": OVERLONG, "reward_head": REWARD_HEADS}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in (allowed if name == "loss_type" else (*allowed, None)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if not 0 <= self.hard_threshold < 1:
             raise ValueError(
@@ -130,8 +146,9 @@ class ProcessRewardConfig(TrainingArguments):
             )
         if self.class_weights is not None and (len(self.class_weights) != 2 or not _all_weights(self.class_weights)):
             raise ValueError(f"class_weights is {self.class_weights}, expected two of at least 0: for good, for bad")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length is {self.max_length}, expected at least 1, or None for no limit")
+        for name in ("max_length", "max_completion_length"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}, expected at least 1, or None for no limit")
         if self.share_prefix and self.train_sampling_strategy == "group_by_length":
             raise ValueError(
                 'share_prefix draws the rows of a question together and train_sampling_strategy="group_by_length" rows '
@@ -139,9 +156,7 @@ class ProcessRewardConfig(TrainingArguments):
             )
         if not self.step_separator:
             raise ValueError("step_separator is empty, expected text that ends a step")
-        if self.reward_head == "classification" and (self.share_prefix or LOSSES[self.loss_type].reads_marker):
-            reading = " and ".join(f'loss_type="{name}"' for name, loss in LOSSES.items() if loss.reads_marker)
-            raise ValueError(f'share_prefix and {reading} need reward_head="lm"')
+        self.check_head()
         if len(self.reward_tokens) != 2:
             raise ValueError(f"reward_tokens is {self.reward_tokens}, expected two: for a good step, for a bad step")
         if self.hub_strategy in ("checkpoint", "all_checkpoints"):
@@ -157,6 +172,12 @@ class ProcessRewardConfig(TrainingArguments):
                 "model_init_kwargs has quantization_config: give it to ProcessRewardTrainer itself, or set load_in_4bit "
                 "on the command line; only the text decoder is quantised then"
             )
+
+    def check_head(self) -> None:
+        """Raise `ValueError` where a classification head cannot be trained so."""
+        if self.reward_head == "classification" and (self.share_prefix or LOSSES[self.loss_type].reads_marker):
+            reading = " and ".join(f'loss_type="{name}"' for name, loss in LOSSES.items() if loss.reads_marker)
+            raise ValueError(f'share_prefix and {reading} need reward_head="lm"')
 
     @property
     def step_format(self) -> StepFormat:

@@ -1,11 +1,13 @@
 """From a model's name to what is trained: loaded, with the marker, the vision encoder frozen, an adapter on it."""
 
+import copy
+
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, set_seed
 
 from ..models.adapters import adapted
 from ..models.anatomy import base_of, decoder_name, freeze_vision_encoder, is_vision_language
-from ..models.classifier import check_classifier
+from ..models.classifier import check_classifier, disable_dropout, is_token_classifier
 from ..models.distinct_images import encode_distinct_images
 from ..models.loading import (
     add_marker,
@@ -18,6 +20,21 @@ from ..models.loading import (
 )
 from ..prompting.tokens import ProcessingClass, tokenizer_of
 from .config import ProcessRewardConfig
+
+
+def with_head(args: ProcessRewardConfig, model: str | PreTrainedModel | PeftModel) -> ProcessRewardConfig:
+    """A copy of the configuration that says which head is trained, by the model where it was left open."""
+    args = copy.copy(args)
+    if args.reward_head is None:
+        if isinstance(model, str):
+            config = AutoConfig.from_pretrained(model, **shared_load_kwargs(args.model_init_kwargs or {}))
+            classifies = any(name.endswith("ForTokenClassification") for name in config.architectures or [])
+        else:
+            classifies = is_token_classifier(model)
+        args.reward_head = "classification" if classifies else "lm"
+        args.check_head()
+    args.overlong = args.overlong or ("drop_steps" if args.reward_head == "classification" else "error")
+    return args
 
 
 def prepare_model(
@@ -52,6 +69,8 @@ def prepare_model(
     keep_4bit_gradients_on_cpu(model)  # a model object was not loaded by `load_model`
     if args.reward_head == "classification":
         check_classifier(model)
+        if args.disable_dropout:
+            disable_dropout(model)
     else:
         check_template(processing_class)
         add_marker(model, processing_class, args.step_format)

@@ -15,14 +15,16 @@ from ..data.rows import IGNORE_INDEX
 from ..evaluation.metrics import step_metrics
 from ..models.anatomy import is_vision_language
 from ..models.reader import StepReader, good_minus_bad
-from ..prompting.tokens import ProcessingClass, special_tokens, tokenizer_of
+from ..prompting.step_format import forbidden_tokens
+from ..prompting.tokens import ProcessingClass, tokenizer_of
 from .card import describe_dataset, run_record
 from .checks import check_dataset, check_images, check_lengths, check_no_images, check_prompts, named_datasets
 from .collator import DataCollatorForProcessReward
 from .config import ProcessRewardConfig
+from .from_trl import compute_accuracy, last_step_only, tokenize_row
 from .host import HostedTrainer, check_sharing, host_args, one_forward_per_batch
 from .loss import weighted_losses
-from .preparation import adapt_model, describe_model, prepare_model
+from .preparation import adapt_model, describe_model, prepare_model, with_head
 from .sampling import undecoded, unformatted, with_lengths
 
 
@@ -58,7 +60,9 @@ class ProcessRewardTrainer(HostedTrainer):
             What `selection.json` or `top_fraction(...).report` says of the training rows; quoted by the model card.
     """
 
-    _tag_names = ["trl", "mprm", "process-reward-model"]
+    _tag_names = ["trl", "prm", "mprm", "process-reward-model"]
+
+    tokenize_row = staticmethod(tokenize_row)
 
     def __init__(
         self,
@@ -77,8 +81,10 @@ class ProcessRewardTrainer(HostedTrainer):
     ):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: rows with `prompt`, `completions` and `labels`")
-        args = _checked(args, model)
+        args = with_head(_checked(args, model), model)
         train_dataset, eval_dataset = unformatted(train_dataset), _map(eval_dataset, unformatted)
+        if args.train_on_last_step_only:
+            train_dataset = last_step_only(train_dataset, args.dataset_num_proc)
         datasets = named_datasets(train_dataset, eval_dataset)
         for name, dataset in datasets:
             check_dataset(dataset, name, args.loss_type, args.source_weights is not None)
@@ -91,7 +97,7 @@ class ProcessRewardTrainer(HostedTrainer):
         self.reader = StepReader(self.step_format, tokenizer)
         self.step_ids = self.reader.step_ids
         for name, dataset in datasets:
-            check_prompts(dataset, special_tokens(tokenizer), name)
+            check_prompts(dataset, forbidden_tokens(tokenizer, self.step_format), name)
             if not is_vision_language(model.config):
                 check_no_images(dataset, name)
         check_sharing(model, args)
@@ -112,6 +118,7 @@ class ProcessRewardTrainer(HostedTrainer):
                 processing_class,
                 self.step_format,
                 max_length=args.max_length,
+                max_completion_length=args.max_completion_length,
                 overlong=args.overlong,
                 share_prefix=args.share_prefix,
                 loss_type=args.loss_type,
@@ -223,6 +230,7 @@ class ProcessRewardTrainer(HostedTrainer):
             n_resamples=0,
         )
         reported = ("macro_f1_pooled", "auc", "first_error_accuracy")
+        dropped |= compute_accuracy((np.where(measured, logits, 0), np.where(measured, truth > 0, IGNORE_INDEX)))
         return {"loss": loss, **dropped, **{name: metrics[name] for name in reported if metrics[name] is not None}}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -245,7 +253,7 @@ class ProcessRewardTrainer(HostedTrainer):
 
     def _gathered(self, overlong: torch.Tensor) -> dict[str, int]:
         """Rows, steps and labelled steps that all processes dropped; empty where no row can be too long."""
-        if self.args.max_length is None:
+        if self.args.max_length is None and self.args.max_completion_length is None:
             return {}
         counts = self.accelerator.gather(overlong.to(self.args.device)).view(-1, 3).sum(0).tolist()
         return dict(zip(("overlong_rows", "overlong_steps", "overlong_labelled_steps"), counts, strict=True))
@@ -274,7 +282,7 @@ class ProcessRewardTrainer(HostedTrainer):
             dataset_name (`str`, *optional*):
                 Hub id of the data set, or its folder.
             tags (`str` or `list[str]`, *optional*):
-                Tags beside `trl`, `mprm` and `process-reward-model`.
+                Tags beside `trl`, `prm`, `mprm` and `process-reward-model`.
             license (`str`, *optional*):
                 Licence of the weights, as a Hub identifier. Left out where unknown: it follows the base model's.
             dataset_revision (`str`, *optional*):
