@@ -4,17 +4,21 @@ What TRL 1.13's `PRMTrainer` did, done with `ProcessRewardConfig` and `ProcessRe
 Written from what its own tests look at; golden numbers are those of `golden/trl_1_13_prm.json`.
 """
 
+import dataclasses
 import json
+from enum import Enum
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from golden.make_trl_1_13_prm import GOLDEN, ROWS, tiny_classifier
 from peft import LoraConfig
-from transformers import AutoModelForTokenClassification, EvalPrediction, Qwen2Config
+from transformers import AutoModelForTokenClassification, EvalPrediction, Qwen2Config, TrainingArguments
 
 from trl_mprm import ProcessRewardConfig, ProcessRewardTrainer
+from trl_mprm.cli import main
 from trl_mprm.models.tiny import tiny_tokenizer
 from trl_mprm.training.from_trl import compute_accuracy
 
@@ -110,6 +114,48 @@ def test_accuracy_may_be_asked_for(tmp_path):
     named = {"eval_dataset": Dataset.from_list(ROWS), "compute_metrics": compute_accuracy}
     first = trainer_for(tmp_path, trainer=named).evaluate()["eval_accuracy"]
     assert first == trainer_for(tmp_path, trainer=named | {"compute_metrics": None}).evaluate()["eval_accuracy"]
+
+
+# ---- configuration and command
+
+
+def test_the_table_of_defaults_is_that_of_the_classes(tmp_path):
+    golden = json.loads(GOLDEN.with_name("trl_1_13_prm_config.json").read_text())["defaults"]
+    theirs, ours = (
+        _defaults(config(str(tmp_path), use_cpu=True)) for config in (TrainingArguments, ProcessRewardConfig)
+    )
+    theirs |= golden
+    differ = {name: (theirs[name], ours[name]) for name in theirs if theirs[name] != ours[name]}
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| field | TRL 1.13 | here | why |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1:5] for line in table.splitlines()[2:]]
+    told = {field.strip(" `"): tuple(json.loads(value.strip(" `")) for value in values) for field, *values, _ in cells}
+    assert told == differ and all(why.strip() for *_, why in cells)
+
+
+def _defaults(config: TrainingArguments) -> dict:
+    """The fields as they are used: some are None until the configuration is made."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def test_the_command_takes_the_flags_of_prm_py(tmp_path, capsys):
+    tokenizer = tiny_tokenizer("qwen2")
+    tiny_classifier(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = Dataset.from_list(ROWS)
+    DatasetDict({"learn": rows, "look": rows.select([0, 1])}).save_to_disk(str(tmp_path / "data"))
+    argv = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+    }
+    argv |= {"dataset_train_split": "learn", "dataset_test_split": "look", "dataset_num_proc": 1, "max_steps": 1}
+    argv |= {"eval_strategy": "steps", "eval_steps": 1, "step_separator": "\n", "max_length": 64, "report_to": "none"}
+    words = [word for name, value in argv.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *words, "--use_cpu", "--train_on_last_step_only"]) == 0
+    assert "rollouts: all 4, no selection" in capsys.readouterr().out
+    assert AutoModelForTokenClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
 
 
 # ---- training

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from .arguments import print_table, say
@@ -19,6 +20,12 @@ class DataArguments:
     Parameters:
         dataset_name (`str`):
             Folder, JSONL file or Hub id, as [`load_rollouts`] takes it.
+        dataset_config (`str`, *optional*):
+            Configuration of the data set.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, where `eval_strategy` is set and `eval_dataset_name` is not.
         image_root (`str`, *optional*):
             Folder of the images.
         rule (`str`, *optional*):
@@ -35,6 +42,11 @@ class DataArguments:
     """
 
     dataset_name: str = field(metadata={"help": "Folder, JSONL file or Hub id of annotated rollouts."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on with eval_strategy, without eval_dataset_name."}
+    )
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images."})
     rule: str | None = field(default=None, metadata={"help": "Train on what this rule keeps; default: everything."})
     fraction: float | None = field(
@@ -73,7 +85,8 @@ def _train(argv: list[str], smoke: bool = False) -> int:
     parser = TrlParser((DataArguments, ProcessRewardConfig, ModelConfig), prog="trl-mprm train")
     parser.add_argument("--smoke", action="store_true", help=SMOKE)
     data, args, model, _ = parser.parse_args_and_config(argv)
-    rollouts = load_rollouts(data.dataset_name, image_root=data.image_root)
+    load = partial(load_rollouts, image_root=data.image_root)
+    rollouts = load(data.dataset_name, split=data.dataset_train_split, name=data.dataset_config)
     on_hub = is_hub_id(data.dataset_name)
     subset = hub_snapshot(data.dataset_name, "selection.json") if on_hub else Path(data.dataset_name)
     if data.rule is not None or data.fraction is not None:
@@ -88,6 +101,11 @@ def _train(argv: list[str], smoke: bool = False) -> int:
             logger.info("the card tells of no selection: %s", why)
     if PartialState().is_main_process:
         say(_what_was_kept(report, len(rollouts)))
+    eval_rollouts = None
+    if data.eval_dataset_name:
+        eval_rollouts = load(data.eval_dataset_name)
+    elif args.eval_strategy != "no":
+        eval_rollouts = load(data.dataset_name, split=data.dataset_test_split, name=data.dataset_config)
     args.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -98,7 +116,7 @@ def _train(argv: list[str], smoke: bool = False) -> int:
         model=model.model_name_or_path,
         args=args,
         train_dataset=rollouts,
-        eval_dataset=load_rollouts(data.eval_dataset_name, data.image_root) if data.eval_dataset_name else None,
+        eval_dataset=eval_rollouts,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         selection=report,

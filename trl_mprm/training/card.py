@@ -118,7 +118,7 @@ def _last_evaluation(trainer: Trainer) -> dict[str, float] | None:
 def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     """
     Count rows, steps and sources of the training rows for the card, and take a question and its steps for an example: the
-    shortest of the first hundred. A stream has none of these.
+    shortest of the first hundred. A stream has none of these, rows of tokens no example.
     """
     if isinstance(dataset, IterableDataset):
         return {}
@@ -133,7 +133,7 @@ def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     if "source" in dataset.column_names:
         counts = pc.value_counts(arrow_columns(dataset, "source")["source"]).to_pylist()
         facts["sources"] = dict(sorted((count["values"], count["counts"]) for count in counts))
-    return facts | {"example": _example(dataset)}
+    return facts | ({} if "input_ids" in dataset.column_names else {"example": _example(dataset)})
 
 
 def _example(dataset: Dataset) -> dict[str, Any]:
