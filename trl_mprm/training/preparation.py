@@ -1,9 +1,11 @@
 """From a model's name to what is trained: loaded, with the marker, the vision encoder frozen, an adapter on it."""
 
 import copy
+from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..models.adapters import adapted
 from ..models.anatomy import base_of, decoder_name, freeze_vision_encoder, is_vision_language
@@ -26,7 +28,9 @@ def with_head(args: ProcessRewardConfig, model: str | PreTrainedModel | PeftMode
     """A copy of the configuration that says which head is trained, by the model where it was left open."""
     args = copy.copy(args)
     if args.reward_head is None:
-        if isinstance(model, str):
+        if isinstance(model, str) and (Path(model) / ADAPTER_CONFIG_NAME).is_file():
+            classifies = False  # [`load_model`] says what is wrong with it
+        elif isinstance(model, str):
             config = AutoConfig.from_pretrained(model, **shared_load_kwargs(args.model_init_kwargs or {}))
             classifies = any(name.endswith("ForTokenClassification") for name in config.architectures or [])
         else:
