@@ -11,6 +11,7 @@ after all draws, each with all its draws, and spends on the others only what it 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,7 @@ def annotate(
     format: Literal["rows", "visualprm-raw"] = "rows",
     second: str | Callable[..., list[str]] | Policy | None = None,
     price: float | None = None,
+    engine: Literal["local", "ray"] = "local",
     **sampling: Any,
 ) -> Dataset:
     """
@@ -97,6 +99,8 @@ def annotate(
             1.0 where both find it good or both bad.
         price (`float`, *optional*):
             Of a million computed tokens, for the cost.
+        engine (`str`, *optional*, defaults to `"local"`):
+            `"ray"`: a policy on every worker of a Ray cluster, with the same result.
         sampling:
             `temperature`, `top_p`, `top_k`, `max_new_tokens` of a policy that is a server or a model.
 
@@ -120,7 +124,7 @@ def annotate(
 
     ```
     """
-    plan = Plan(n, solutions, budget, fraction, alpha, mode, error, seed, format, price)
+    plan = Plan(n, solutions, budget, fraction, alpha, mode, error, seed, format, price, engine)
     return annotate_rollouts(from_rows(rows), policy, output, plan, checker=checker, second=second, **sampling)[0]
 
 
@@ -138,6 +142,7 @@ class Plan:
     seed: int = 0
     format: str = "rows"
     price: float | None = None
+    engine: str = "local"
 
     def __post_init__(self):
         for name in ("n", "solutions"):
@@ -148,6 +153,7 @@ class Plan:
             ("budget", ("all", "bis")),
             ("mode", ("exact", "confident")),
             ("format", ("rows", "visualprm-raw")),
+            ("engine", ("local", "ray")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -174,10 +180,12 @@ def annotate_rollouts(
     output = Path(output)
     plan.check_output(output)
     checker_name, check = find_checker(checker)
-    policy = open_policy(policy, **sampling)
-    settings = {"policy": policy.name, "checker": checker_name, "seed": plan.seed, **sampling}
     with (
-        Progress(output.with_name(f"{output.stem}.draws.jsonl"), settings) as progress,
+        _policy(policy, plan.engine, sampling) as policy,
+        Progress(
+            output.with_name(f"{output.stem}.draws.jsonl"),
+            settings := {"policy": policy.name, "checker": checker_name, "seed": plan.seed, **sampling},
+        ) as progress,
         tqdm(unit="draw", delay=1, desc="drawing") as bar,
     ):
         drawing = Drawing(policy, check, progress, plan.seed, bar, plan.price)
@@ -202,6 +210,24 @@ def annotate_rollouts(
         data = _write([(todo[index], tallies[index]) for index in kept], rows, plan, output)
         write_json(report, output.with_name(f"{output.stem}.annotation.json"))
     return data, report
+
+
+@contextmanager
+def _policy(
+    policy: str | Callable[..., list[str]] | Policy, engine: str, sampling: dict[str, Any]
+) -> Iterator[Policy]:
+    if engine == "local":
+        yield open_policy(policy, **sampling)
+        return
+    if isinstance(policy, Policy):
+        raise ValueError("with the engine ray every worker opens its own policy: give a model, a URL, or a callable")
+    from .engine_ray import RayPolicy  # here: Ray is an extra
+
+    workers = RayPolicy(policy, **sampling)
+    try:
+        yield workers
+    finally:
+        workers.close()
 
 
 def _rows(

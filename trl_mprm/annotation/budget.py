@@ -268,12 +268,17 @@ class Race:
 
     def __post_init__(self):
         self.refit_at = 2 * sum(len(tally.asked) for tally in self.tallies)  # one draw per step says too little
+        self._known: set[int] = set()
+        self._measured = [0] * len(self.tallies)
         for index in range(len(self.tallies)):
             self.put_back(index)
 
     def put_back(self, index: int) -> None:
         """Take note of the draws of a rollout that [`take`] gave out."""
         tally = self.tallies[index]
+        self._measured[index] = sum(tally.measured)
+        if tally.known:
+            self._known.add(index)
         if tally.finished:
             insort(self.finished, (-final_bis(tally, self.alpha), index))
         else:  # before the first measured step nobody knows whether it counts for the quota
@@ -295,7 +300,7 @@ class Race:
 
     @property
     def quota(self) -> int:
-        return max(1, int(sum(tally.known for tally in self.tallies) * self.fraction))
+        return max(1, int(len(self._known) * self.fraction))
 
     def _bound(self, tally: Tally) -> float:
         if self.error:
@@ -307,7 +312,7 @@ class Race:
         return len(self.finished) >= quota and self.finished[quota - 1] < key
 
     def _refit(self) -> None:
-        spent = sum(sum(tally.measured) for tally in self.tallies)
+        spent = sum(self._measured)
         if spent < self.refit_at:
             return
         self.refit_at, self.prior = 2 * spent, fit_prior(self.tallies)

@@ -34,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--top-k", type=int, default=50, help="0: all tokens")
     command.add_argument("--max-new-tokens", type=int, default=2048, help="a draw that is longer is lost")
     command.add_argument("--price", type=float, help="of a million computed tokens: shows the cost")
+    command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
     command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
 
 
@@ -41,7 +42,7 @@ def annotate(args: argparse.Namespace) -> int:
     from ..annotation.annotate import Plan, annotate_rollouts
     from ..annotation.questions import from_files
 
-    names = ("n", "solutions", "budget", "fraction", "alpha", "mode", "error", "seed", "format", "price")
+    names = ("n", "solutions", "budget", "fraction", "alpha", "mode", "error", "seed", "format", "price", "engine")
     _, report = annotate_rollouts(
         from_files(args.input if len(args.input) > 1 else args.input[0], args.image_root),
         args.policy,
