@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from trl_mprm.data.formats import to_row
 from trl_mprm.data.rows import Reason, Refused, check_row, check_steps, question_key
 from trl_mprm.evaluation.benchmarks import read_benchmark
-from trl_mprm.selection.passes import group_hash
+from trl_mprm.selection.lines import group_hash
 from trl_mprm.training.checks import check_dataset
 from trl_mprm.training.sampling import prompt_groups
 

@@ -31,7 +31,8 @@ from trl_mprm.data.shards import input_files, line_batches, lines_at, plan_shard
 from trl_mprm.selection import engine, files, passes
 from trl_mprm.selection.bis import add_bis
 from trl_mprm.selection.files import select_files
-from trl_mprm.selection.passes import _Rows, emit, is_utf8, score_shard
+from trl_mprm.selection.lines import LineReader, is_utf8
+from trl_mprm.selection.passes import emit, score_shard
 from trl_mprm.selection.report import build_report
 from trl_mprm.selection.rules import STEP_RULES, CutSpec
 from trl_mprm.selection.summary import MAX_GROUPS, merge, summarize
@@ -134,7 +135,7 @@ def test_the_narrow_way_sees_what_the_careful_way_sees(root, corpus, end, final,
     (shard,) = plan_shards(file, shard_bytes=2**30)
     narrow, summary = score_shard(shard, drop_answer_step=drop, words=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Rows, "_narrow", lambda self, lines: False)
+        patch.setattr(LineReader, "_narrow", lambda self, lines: False)
         careful, expected = score_shard(shard, drop_answer_step=drop, words=True)
     assert seen(narrow) == seen(careful)
     for name in ("sources", "lines", "first", "halved"):
@@ -153,13 +154,13 @@ def test_the_narrow_way_is_taken(root, monkeypatch):
         raw([1], question_orig="数", answer=float("1e5")),
     ]
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    monkeypatch.setattr(_Rows, "_careful", lambda self, line: pytest.fail(f"careful: {line}"))
+    monkeypatch.setattr(LineReader, "_careful", lambda self, line: pytest.fail(f"careful: {line}"))
     scores, _ = score_shard(plan_shards(file)[0])
     assert len(scores.kind) == 3
     # one odd line among many costs a few more looks, not all of them
     careful = []
     monkeypatch.setattr(
-        _Rows, "_careful", lambda self, line: careful.append(line) or self._append([line], [0], [0], [0], [])
+        LineReader, "_careful", lambda self, line: careful.append(line) or self._append([line], [0], [0], [0], [])
     )
     file.write_text("".join(json.dumps(raw(["0.5"] if i == 40 else [0.5])) + "\n" for i in range(100)))
     score_shard(plan_shards(file)[0])
@@ -588,7 +589,7 @@ def test_memory_that_is_full_is_one_clear_error(tmp_path, monkeypatch, capsys):
     def full(self):
         raise MemoryError
 
-    monkeypatch.setattr(_Rows, "to_arrays", full)
+    monkeypatch.setattr(LineReader, "to_arrays", full)
     monkeypatch.setattr(passes, "LINES_AS_NUMBERS", 1)
     assert main(["select", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out")]) == 2
     assert f"{tmp_path}/a.jsonl: expected lines that fit into memory, and after 3 of them" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import xxhash
 from datasets import Dataset, IterableDataset
 
 from .bis import ALPHA, step_scores, step_sums
-from .passes import group_hash
+from .lines import group_hash
 from .report import SELECTION_VERSION, all_wrong_warning, build_report
 from .rules import CutSpec
 from .summary import KIND, REASONS, UNKNOWN, Scores, summarize
