@@ -8,7 +8,7 @@ from helpers import write_jsonl
 from PIL import Image
 
 from trl_mprm import add_bis, load_rollouts, select, top_fraction
-from trl_mprm.data.rollouts import read_rollouts
+from trl_mprm.data.reading import read_rollouts
 from trl_mprm.selection.files import select_files
 from trl_mprm.training.checks import check_images
 

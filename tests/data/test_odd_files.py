@@ -16,7 +16,8 @@ from PIL import Image
 from trl_mprm import load_rollouts
 from trl_mprm.data.formats import to_row
 from trl_mprm.data.images import open_image
-from trl_mprm.data.rollouts import _write_arrow, read_rollouts
+from trl_mprm.data.reading import read_rollouts
+from trl_mprm.data.rollouts import _write_arrow
 from trl_mprm.data.rows import Reason, Refused
 from trl_mprm.selection.files import select_files
 from trl_mprm.training.checks import check_dataset

@@ -17,7 +17,8 @@ from PIL import Image as PILImage
 from trl_mprm.data import images
 from trl_mprm.data.formats import parse
 from trl_mprm.data.images import MAX_PIXELS
-from trl_mprm.data.rollouts import FEATURES, Refusal, Rollout, describe_refusals, load_rollouts, read_rollouts
+from trl_mprm.data.reading import Refusal, Rollout, describe_refusals, read_rollouts
+from trl_mprm.data.rollouts import FEATURES, load_rollouts
 from trl_mprm.data.rows import Reason
 
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from trl_mprm.cli import main
-from trl_mprm.data.rollouts import Rollout, read_rollouts
+from trl_mprm.data.reading import Rollout, read_rollouts
 from trl_mprm.data.shards import input_files, line_batches, lines_at, plan_shards
 from trl_mprm.selection import engine, files, passes
 from trl_mprm.selection.bis import add_bis

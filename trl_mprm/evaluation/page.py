@@ -18,10 +18,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..cards.measures import MEASURES
 from ..data.aggregates import AGGREGATES
+from ..data.images import open_image
 from ..pages import colour, render_page
 from ..text import plain
 from .benchmarks import Benchmark
@@ -190,16 +190,12 @@ def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _thumbnail(path: str) -> str | None:
-    """A data URI of at most some ten kilobytes, on white; `None` for a file that has become unreadable."""
+    """A data URI of at most some ten kilobytes, as the model sees it; `None` for a file that has become unreadable."""
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            layer = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's broken PNG
+        canvas = open_image(path)
+    except ValueError:
         return None
-    canvas = Image.new("RGB", layer.size, "white")
-    canvas.paste(layer, mask=layer.getchannel("A"))
+    canvas.thumbnail((THUMBNAIL, THUMBNAIL))
     data = io.BytesIO()
     canvas.save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
