@@ -1,5 +1,6 @@
 """A trained process reward model scores steps and picks the best of N."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +28,14 @@ from .models.distinct_images import encode_distinct_images
 from .models.loading import add_marker, load_model, load_processing_class
 from .models.reader import StepReader, batch_inputs, concentration, good_minus_bad
 from .models.shared_prefix import can_share_prefix, prefix_inputs, run_prefix, shared_length, suffix_inputs
-from .prompting.published import CHECKPOINTS, published_format
+from .prompting.published import CHECKPOINTS, VISUALPRM_SYSTEM, published_format
 from .prompting.rendering import render_rows
 from .prompting.step_format import StepFormat
 from .prompting.tokens import ProcessingClass, Rendered, errors_name_row, images_of, row_name, tokenizer_of
 from .step_scorer import StepScorer
+
+
+logger = logging.getLogger(__name__)
 
 
 class ProcessRewardModel(StepScorer):
@@ -107,6 +111,11 @@ class ProcessRewardModel(StepScorer):
             ignore = ["*.bin", "*.pt", "*.pth", "checkpoint-*/*"]  # pickles are never loaded
             folder = download_model(str(model_id), revision=revision, ignore_patterns=ignore)
         step_format = step_format or StepFormat.load(folder)
+        if ("system", VISUALPRM_SYSTEM) in (step_format.messages or ()):
+            logger.warning(
+                "visualprm: scored with the system message of its training data (published.VISUALPRM_SYSTEM); the one in "
+                "config.json of the checkpoint may be another, and only the real checkpoint can settle which is right"
+            )
         is_adapter = (folder / "adapter_config.json").is_file()
         if step_format.head is not None and quantization_config is not None:
             raise ValueError(

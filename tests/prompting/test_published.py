@@ -291,6 +291,12 @@ def test_token_classification_as_trl_saved_it(tmp_path):
     assert prm.score([], "How many?", STEPS) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("folder", ["visualprm"], indirect=True)
+def test_visualprm_says_which_system_message_it_uses(folder, caplog):
+    load(folder)
+    assert "with the system message of its training data" in caplog.text and "only the real checkpoint" in caplog.text
+
+
 def test_known_checkpoints_have_a_format():
     assert set(CHECKPOINTS.values()) | {"trl-token-classification"} == set(PUBLISHED)
     assert published_format("OpenGVLab/VisualPRM-8B").answer == "+"

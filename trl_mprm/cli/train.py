@@ -1,9 +1,11 @@
 """`trl-mprm train`: the flags of TRL, from the command line or a YAML file."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .arguments import print_table, say
 from .preflight import check_train
@@ -101,11 +103,6 @@ def _train(argv: list[str], smoke: bool = False) -> int:
             logger.info("the card tells of no selection: %s", why)
     if PartialState().is_main_process:
         say(_what_was_kept(report, len(rollouts)))
-    eval_rollouts = None
-    if data.eval_dataset_name:
-        eval_rollouts = load(data.eval_dataset_name)
-    elif args.eval_strategy != "no":
-        eval_rollouts = load(data.dataset_name, split=data.dataset_test_split, name=data.dataset_config)
     args.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -116,7 +113,7 @@ def _train(argv: list[str], smoke: bool = False) -> int:
         model=model.model_name_or_path,
         args=args,
         train_dataset=rollouts,
-        eval_dataset=eval_rollouts,
+        eval_dataset=_evaluation_rows(data, args.eval_strategy != "no", load),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         selection=report,
@@ -129,16 +126,26 @@ def _train(argv: list[str], smoke: bool = False) -> int:
     trainer.create_model_card(dataset_name=data.dataset_name, dataset_revision=subset.name if on_hub else None)
     pushed = trainer.push_to_hub() if args.push_to_hub else None
     if trainer.is_world_process_zero():
-        history = trainer.state.log_history
-        keys = ("train_loss", "train_runtime", "eval_loss", "eval_auc", "eval_macro_f1_pooled")
-        rows = [[key, entry[key]] for key in keys for entry in history[-2:] if key in entry]
-        print_table([["", "last"], ["rollouts", len(rollouts)], ["optimizer steps", trainer.state.global_step], *rows])
-        if not smoke:
-            say(f"\nmodel and card: {args.output_dir}")
-        if args.push_to_hub and not pushed:
-            upload = f"hf upload {trainer.hub_model_id} {args.output_dir} . --exclude 'checkpoint-*'"
-            say(f"not published, the Hub cannot be reached; when it can: {upload}")
+        _print_result(trainer, len(rollouts), smoke, pushed is not None)
     return 0
+
+
+def _print_result(trainer: Any, n_rollouts: int, smoke: bool, pushed: bool) -> None:
+    history = trainer.state.log_history
+    keys = ("train_loss", "train_runtime", "eval_loss", "eval_auc", "eval_macro_f1_pooled")
+    rows = [[key, entry[key]] for key in keys for entry in history[-2:] if key in entry]
+    print_table([["", "last"], ["rollouts", n_rollouts], ["optimizer steps", trainer.state.global_step], *rows])
+    if not smoke:
+        say(f"\nmodel and card: {trainer.args.output_dir}")
+    if trainer.args.push_to_hub and not pushed:
+        upload = f"hf upload {trainer.hub_model_id} {trainer.args.output_dir} . --exclude 'checkpoint-*'"
+        say(f"not published, the Hub cannot be reached; when it can: {upload}")
+
+
+def _evaluation_rows(data: DataArguments, asked: bool, load: Callable[..., Any]) -> Any:
+    if data.eval_dataset_name:
+        return load(data.eval_dataset_name)
+    return load(data.dataset_name, split=data.dataset_test_split, name=data.dataset_config) if asked else None
 
 
 def _what_was_kept(report: dict | None, n_rows: int) -> str:
