@@ -41,7 +41,6 @@ SERVED = (
     "Qwen2ForCausalLM",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
-    "InternVLForConditionalGeneration",
 )
 
 
@@ -110,7 +109,7 @@ def check_exportable(prm: ProcessRewardModel) -> None:
         )
     if architecture not in SERVED:
         raise ValueError(
-            f"{architecture} was not served by vLLM with equal scores; expected one of {', '.join(SERVED)}: "
+            f"vLLM did not give equal scores for {architecture} when we tried; expected one of {', '.join(SERVED)}: "
             "serve it with `trl-mprm serve`"
         )
     if prm.processing_class.chat_template is None:
