@@ -104,8 +104,9 @@ class Drawing:
             visit = []
             for step, count in steps:
                 known = len(self.progress.outcomes(rollout.id, rollout.key, step))
-                missing = tally.asked[step] + count - known
-                if missing > 0:
+                missing = max(0, tally.asked[step] + count - known)
+                self.bar.update(count - missing)
+                if missing:
                     name = f"row {rollout.id}, step {step}"
                     seed = draw_seed(self.seed, rollout.id, step) + known
                     prefix = rollout.steps[: step + 1]
@@ -124,7 +125,6 @@ class Drawing:
             for step, count in steps if place not in parked else ():
                 start = tally.asked[step]
                 tally.add(step, self.progress.outcomes(rollout.id, rollout.key, step)[start : start + count])
-                self.bar.update(count)
         return [place not in parked for place in range(len(visits))]
 
     def draw_all(self, rollouts: Sequence[Rollout], tallies: Sequence[Tally]) -> list[int]:
@@ -147,6 +147,7 @@ class Drawing:
         right = [self._right(rollout, d.text, request.steps) if d.finish == STOP else None for d in reply.draws]
         step = len(request.steps) - 1
         self._count(reply)
+        self.bar.update(request.n)
         self.progress.add(
             {
                 "rollout": rollout.id,
