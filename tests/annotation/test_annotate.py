@@ -257,6 +257,18 @@ def test_second_opinion_of_a_process_reward_model(tmp_path, tiny_folders):
         assert row["agreement"] == [float((m > 0) == (s > 0.5)) for m, s in zip(row["mc_scores"], scores, strict=True)]
 
 
+class Endless(Moody):
+    def run(self, visits):
+        for place, number, reply in super().run(visits):
+            yield place, number, Reply([draw._replace(finish="length") for draw in reply.draws])
+
+
+def test_nothing_measured_names_what_became_of_the_draws(tmp_path):
+    with pytest.raises(ValueError, match="not one step was measured .56 length.: .*raise max_new_tokens"):
+        annotate(rows(6, answer_step=False), Endless(False), checker="exact", n=4, output=tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 def raising(*arguments):
     raise RuntimeError("no judge today")
 

@@ -194,7 +194,7 @@ def annotate_rollouts(
         kept = drawing.draw_all(todo, tallies) if plan.budget == "all" else _draw_race(todo, tallies, drawing, plan)
         drawing.stop_if_parked(output)
         if not kept:
-            raise ValueError(f"{output} is not written: not one step was measured; lost were {dict(lost)}")
+            raise ValueError(_nothing_measured(output, todo, progress, lost))
         report = settings | asdict(plan) | {"output": output.name, "lost_solutions": dict(lost)}
         report |= {"spent": dict(drawing.spent), "sources": _by_source(todo, tallies, kept, progress)}
         if plan.price is not None:
@@ -228,6 +228,19 @@ def _policy(
         yield workers
     finally:
         workers.close()
+
+
+def _nothing_measured(output: Path, rollouts: list[Rollout], progress: Progress, lost: Counter[str]) -> str:
+    lost = lost.copy()
+    for rollout in rollouts:
+        for step in range(rollout.sampled):
+            for record in progress.draws.get((rollout.id, rollout.key, step), []):
+                lost.update(record["finish"])
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
+    return (
+        f"{output} is not written: not one step was measured ({reasons}): where draws end by `length`, raise "
+        "max_new_tokens, or give the model its end-of-turn token"
+    )
 
 
 def _rows(
