@@ -264,7 +264,7 @@ class Endless(Moody):
 
 
 def test_nothing_measured_names_what_became_of_the_draws(tmp_path):
-    with pytest.raises(ValueError, match="not one step was measured .56 length.: .*raise max_new_tokens"):
+    with pytest.raises(ValueError, match="not one step was measured .76 length.: .*raise max_new_tokens"):
         annotate(rows(6, answer_step=False), Endless(False), checker="exact", n=4, output=tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
 
