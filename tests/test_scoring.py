@@ -286,7 +286,7 @@ def test_what_is_no_list_of_steps(tiny_folders):
 def test_text_that_is_no_unicode(tiny_folders):
     prm = load(tiny_folders, "qwen2")
     with pytest.raises(
-        ValueError, match=r"row 0: step 1 holds a lone surrogate \('.udcff'\), which no tokenizer reads"
+        ValueError, match=r"row 0: step 1 holds a lone surrogate \('.udcff'\), which no tokenizer can read"
     ):
         prm.score([], "q", ["a", "a\udcff"])
     with pytest.raises(ValueError, match="row 0: the prompt holds a lone surrogate"):

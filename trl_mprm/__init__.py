@@ -1,7 +1,7 @@
 """
 Multimodal process reward models on the Hugging Face stack: select rollouts, train, score, evaluate, publish.
 
-Names are imported when they are first used, so that selecting data does not wait for torch.
+Each name is imported on first use, so that selecting data does not wait for torch.
 """
 
 from importlib import import_module

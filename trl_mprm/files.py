@@ -1,4 +1,4 @@
-"""Outputs that appear under their name only when they are complete."""
+"""Write outputs that appear under their final name only when they are complete."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 @contextmanager
 def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yield a temporary path beside `path`; rename it to `path` when the block ends, delete it when the block raises.
+    Yield a temporary path beside `path`; rename it to `path` when the block ends, or delete it if the block raises.
 
     Examples:
     ```python
@@ -28,7 +28,7 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the user's umask takes away
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the user's umask
     try:
         yield part
         part.replace(path)
@@ -37,6 +37,6 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(value: object, path: str | os.PathLike) -> None:
-    """Write `value` as indented JSON to `path`, whole or not at all. NaN is refused: JSON has none."""
+    """Write `value` as indented JSON to `path`, whole or not at all. NaN is refused, since JSON has none."""
     with atomic_output(path) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

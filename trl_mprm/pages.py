@@ -1,4 +1,4 @@
-"""What the HTML pages share: one file each that runs nothing and loads nothing, from a template beside this module."""
+"""Code that the HTML pages share. Each is one file that runs no script and loads nothing, rendered from a template."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ MAX_NAME = 90
 
 def render_page(template: str, **values: Any) -> str:
     """
-    Render a template of `templates/`. Every text is escaped; the templates mark none as safe.
+    Render a template from `templates/`. All text is escaped; the templates mark none as safe.
 
     Filters: `name` (a name as plain text, cut where it is very long), `count` (1,234), `number` (4 digits), `percent`
     (12.3%) and `points` (12.3); the last three show `None` as a dash.
@@ -33,6 +33,6 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def colour(score: float) -> str:
-    """CSS colour of a score, from bad over middling to good: two neighbours of these three, mixed by the browser."""
+    """CSS colour of a score, from bad through middling to good; the browser mixes the two nearest of the three."""
     lower, upper, share = ("bad", "mid", 2 * score) if score < 0.5 else ("mid", "good", 2 * score - 1)
     return f"color-mix(in oklab, var(--{upper}) {100 * share:.0f}%, var(--{lower}))"

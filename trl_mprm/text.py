@@ -1,19 +1,19 @@
-"""Text that others wrote, as names, questions and steps are, made safe to show."""
+"""Make text from elsewhere, such as names, questions and steps, safe to show."""
 
 import re
 
 
-# Marks that turn the direction of writing show nothing, and can make a name read as another.
+# Invisible marks that change the direction of writing, and can make one name read as another.
 _DIRECTION = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
-# Control characters but tab and new line, among them the escape that a terminal obeys; and halves of surrogate pairs.
+# Control characters other than tab and line feed, among them the escape that terminals obey; and lone surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def plain(text: str, longest: int | None = None) -> str:
     """
-    Text without marks of direction, with `\\ufffd` for each control character and lone surrogate, cut at `longest`
-    characters.
+    Remove direction marks from a text, replace each control character and lone surrogate by `\\ufffd`, and cut it at
+    `longest` characters.
 
     Examples:
     ```python
@@ -30,13 +30,13 @@ def plain(text: str, longest: int | None = None) -> str:
 
 
 def one_line(text: str) -> str:
-    """A name as plain text on one line, for a terminal and for tables."""
+    """Return a name as plain text on one line, for a terminal and for tables."""
     return " ".join(plain(str(text)).split())
 
 
 def markdown(text: str) -> str:
     """
-    A name for Markdown and its tables: it stays text, and starts no link, picture, HTML, code, emphasis or heading.
+    Escape a name for Markdown and its tables, so that it starts no link, picture, HTML, code, emphasis or heading.
 
     Examples:
     ```python
@@ -51,7 +51,7 @@ def markdown(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """A name for a code span of Markdown, in which only a backtick ends the code."""
+    """Return a name for a code span of Markdown, without the backtick that would end the span."""
     return one_line(text).replace("`", "'")
 
 

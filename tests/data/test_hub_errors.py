@@ -163,4 +163,4 @@ def test_every_way_of_being_broken_is_one_line_and_the_cache_is_used(tmp_path):
         assert answers[mode].startswith(f"FileNotFoundError: org/rollouts: {words}"), mode
         assert "\n" not in answers[mode]
     # of a download that is cut short nothing is noticed where nothing is left to download
-    assert done.stderr.count("taken as an earlier run fetched it") == len(MODES) - 1
+    assert done.stderr.count("using the copy that an earlier run fetched") == len(MODES) - 1

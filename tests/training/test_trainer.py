@@ -224,7 +224,7 @@ def test_streams_and_old_trl_rows(tiny_folders, tmp_path):
 
 
 BAD = [
-    ({"labels": [0.5]}, r"rollout_id|row a:0: 1 labels for 2 steps, expected one label a step"),
+    ({"labels": [0.5]}, r"rollout_id|row a:0: 1 labels for 2 steps, expected one label per step"),
     ({"labels": [0.5, 1.5]}, r"row a:0: label of step 1 is 1.5, expected a number in \[0, 1\]"),
     ({"labels": [float("nan"), 0.5]}, r"row a:0: label of step 0 is nan"),
     ({"labels": [-100.0, -100.0]}, r"row a:0: every label is -100"),
@@ -324,7 +324,7 @@ def test_a_malformed_row_is_named_by_its_number(change, message, tiny_folders, t
     ("column", "value", "message"),
     [
         ("labels", ["0.5", "1"], "row 0: label of step 0 is '0.5', expected a number"),
-        ("labels", 1.0, "row 0: `labels` is 1.0, expected a list of numbers, one a step"),
+        ("labels", 1.0, "row 0: `labels` is 1.0, expected a list of numbers, one per step"),
         ("completions", "a. b.", "row 0: `completions` is 'a. b.', expected a list of steps"),
         ("prompt", 5, "row 0: `prompt` is 5, expected the question"),
         ("images", "a.png", "the column `images` has one string a row, expected a list of pictures a row"),

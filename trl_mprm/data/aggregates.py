@@ -1,10 +1,9 @@
-"""How the scores of steps become the score of a solution."""
+"""Aggregates turn the scores of a solution's steps into one score of the solution."""
 
 import math
 from collections.abc import Callable, Sequence
 
 
-# How the scores of the steps of a candidate become the one score that best-of-N ranks by.
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda scores: sum(scores) / len(scores),
     "min": min,

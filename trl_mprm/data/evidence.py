@@ -6,7 +6,7 @@ The evidence of a selection, named after its rows and bound to them by a hash of
     a.jsonl                             a.selection.json            a.refused.jsonl
     a.parquet                           a.parquet.selection.json    a.parquet.refused.jsonl
 
-A report tells of each file of rows its hash, and the sources of its lines where the name of the file does not:
+For each file of rows the report gives its hash, and the sources of its lines where the file name does not tell them:
 
     "output": {"a.jsonl": {"xxh3_128": "4f1a...", "sources": [["AI2D", 40], ["GEOS", 3]]}}
 """
@@ -23,7 +23,7 @@ import xxhash
 
 logger = logging.getLogger(__name__)
 
-MAX_REPORT_BYTES = 2**27  # of 2 million changes of the source from line to line; a larger file is not read
+MAX_REPORT_BYTES = 2**27  # room for 2 million changes of source from line to line; a larger file is not read
 
 
 class _File(msgspec.Struct):
@@ -40,7 +40,7 @@ class _Facts(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
-    """What readers of a report rely on; a foreign file under its name fails here, in one line."""
+    """The keys that readers of a report rely on; a foreign file of that name fails here with a one-line error."""
 
     rule: str
     by: str
@@ -55,12 +55,12 @@ class _Report(msgspec.Struct):
 
 
 def report_path(output: str | os.PathLike, to_disk: bool = False) -> Path:
-    """Where the report of an output stands: in a folder, or beside a file and named after it."""
+    """Path of the report of an output: inside a folder, or beside a file and named after it."""
     return _beside(Path(output), "selection.json", to_disk)
 
 
 def refused_path(output: str | os.PathLike, to_disk: bool = False) -> Path:
-    """Where the refused rows of an output stand."""
+    """Path of the file that lists the refused rows of an output."""
     return _beside(Path(output), "refused.jsonl", to_disk)
 
 
@@ -75,12 +75,12 @@ def is_refused_file(path: PurePath) -> bool:
 
 
 def reports_beside(file: Path) -> list[Path]:
-    """The reports that may tell of a file: its own, and that of its folder."""
+    """The reports that may cover a file: its own, and that of its folder."""
     return [path for path in (report_path(file), file.parent / "selection.json") if path.is_file()]
 
 
 def read_report(path: Path) -> dict | None:
-    """A report, checked; None (and a warning) where an older version wrote it, without hashes."""
+    """Read and check a report; None, with a warning, for one that an older version wrote without hashes."""
     try:
         if path.stat().st_size > MAX_REPORT_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes")
@@ -97,7 +97,7 @@ def read_report(path: Path) -> dict | None:
 
 
 def content_hash(file: str | os.PathLike) -> tuple[str, int]:
-    """XXH3-128 of a file, and its number of line ends."""
+    """Return the XXH3-128 hash of a file and its number of line ends."""
     digest, n_lines = xxhash.xxh3_128(), 0
     with open(file, "rb") as content:
         while block := content.read(2**20):
@@ -107,7 +107,7 @@ def content_hash(file: str | os.PathLike) -> tuple[str, int]:
 
 
 def kept_sources(file: str | os.PathLike) -> list[str]:
-    """Source of each line of a JSONL file in which `trl-mprm select` put several sources together, else nothing."""
+    """Source of each line of a JSONL file to which `trl-mprm select` wrote several sources, else an empty list."""
     file = Path(file)
     for path in reports_beside(file) if file.suffix == ".jsonl" else []:
         report = read_report(path)

@@ -1,5 +1,5 @@
 """
-One record of annotated steps, in any supported format, becomes one row.
+Convert a record of annotated steps, in any supported format, to a row.
 
 In, a record of the raw annotations of VisualPRM400K-v1.1-Raw:
 
@@ -11,8 +11,8 @@ Out (images are found later, by `images.ImageFinder`):
     {"prompt": "Find x.", "completions": ["x = 5."], "labels": [0.125], "mc_scores": [0.125], "mc_counts": [2],
      "mc_total": 16}
 
-Each other format is a small function that turns a record into a stepwise one (`prompt`, `completions`, `labels`, ...).
-The format is told by the keys of the record alone; a record that no function knows is refused.
+Every other format is a small function that converts a record to a stepwise one (`prompt`, `completions`, `labels`, ...).
+The keys of the record alone tell its format; a record of no known format is refused.
 """
 
 import json
@@ -21,7 +21,7 @@ import re
 from .rows import Reason, Refused, check_steps, check_unicode, measured
 
 
-# Keys of a record that its row is made of. What else a record has is carried along, and not looked at.
+# The keys that a row is made from. All other keys of a record are carried along unread.
 READ_KEYS = {
     *("images", "prompt", "completions", "labels", "mc_scores", "mc_counts", "mc_total", "source", "rollout_id"),
     *("question", "question_orig", "steps_with_score", "num_mc_sequences", "image", "image_url"),
@@ -31,14 +31,14 @@ READ_KEYS = {
 
 def to_row(record: dict | None, drop_answer_step: bool = False) -> dict:
     """
-    The row of a record, without its images. Raises [`Refused`] with its [`Reason`].
+    Convert a record to a row, without its images. Raises [`Refused`] with a [`Reason`].
 
     Args:
         record (`dict`):
-            A record of any supported format; None stands for a line that is no JSON object.
+            A record of any supported format; None stands for a line that is not a JSON object.
         drop_answer_step (`bool`, *optional*, defaults to `False`):
-            Take the last step for not measured if it states the final answer: its score says whether the answer is
-            right, not whether a step of reasoning is.
+            Treat a last step that states the final answer as not measured: its score says whether the answer is right,
+            not whether a step of reasoning is.
 
     Examples:
     ```python
@@ -63,7 +63,7 @@ def to_row(record: dict | None, drop_answer_step: bool = False) -> dict:
 
 def to_solution(record: dict | None) -> dict:
     """
-    Question and steps of a record that need not be annotated, to be scored. Raises [`Refused`] with its [`Reason`].
+    Question and steps of a record to be scored, annotated or not. Raises [`Refused`] with a [`Reason`].
 
     Examples:
     ```python
@@ -92,7 +92,7 @@ def _check_object(record: object) -> None:
 
 
 def states_answer(step: str) -> bool:
-    """Whether a step says the final answer: "Final answer: 5", "The answer is 5", "Answer: 5", "\\boxed{5}"."""
+    """Whether a step states the final answer: "Final answer: 5", "The answer is 5", "Answer: 5", "\\boxed{5}"."""
     return re.search(r"final answer|\banswer(?: is|:)|\\boxed\b", step, re.IGNORECASE) is not None
 
 
@@ -162,7 +162,7 @@ def _stepwise_row(record: dict) -> dict:
 
 
 def _stepwise(record: dict) -> dict:
-    """The stepwise record of a record in any format but the raw one, told by its keys."""
+    """Convert a record in any format but the raw one, told by its keys, to a stepwise record."""
     if "conversations" in record:
         turns = record["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -187,7 +187,7 @@ def marked_conversation(record: dict) -> dict:
     """
     MM-PRM, the code of the BIS paper, and Beta-Binomial-PRM: `<prm>` after each step, one score for each.
 
-    `prm_counts` has, of each step, `k` right continuations of `n`; a step with n = 0 is not measured.
+    `prm_counts` has for each step its `k` right continuations out of `n`; a step with n = 0 was not measured.
 
     Examples:
     ```python
@@ -265,7 +265,7 @@ def rated_steps(record: dict) -> dict:
     """
     PRM800K: steps that people rated 1, 0 or -1. A neutral step (0), or one that nobody rated, has no label.
 
-    Of several candidates for a step it is the chosen one, else the one a person wrote, else the first.
+    Of several candidates for a step, the chosen one is taken, else the one that a person wrote, else the first.
 
     Examples:
     ```python
@@ -328,7 +328,7 @@ def marked_text(text: str, marked: str) -> dict:
 
 
 def prompt_text(record: dict) -> str:
-    """The question without its `<image>` places: in our rendering the images come first."""
+    """The question without its `<image>` tags, since in our rendering the images come first."""
     text = record.get("question_orig") or record.get("question") or record.get("prompt")
     if isinstance(text, list) and len(text) == 1 and isinstance(text[0], dict) and text[0].get("role") == "user":
         text = text[0].get("content")
@@ -351,18 +351,18 @@ def _score(value: object) -> float:
 
 
 def count(value: object) -> int | None:
-    """A whole number from 0, anything else as unknown. 16.0 counts: columns with nulls come back as floats."""
+    """A whole number of at least 0, else None. 16.0 is accepted because columns with nulls come back as floats."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return int(value) if number and 0 <= value < 2**63 and value == int(value) else None
 
 
 def parse(line: bytes) -> dict | None:
-    """The object of a line, or None. A whole number of more digits than Python reads is a float: it is in no range."""
+    """The JSON object of a line, or None. A whole number of more digits than Python reads becomes a float."""
     try:
         try:
             record = json.loads(line)
         except ValueError as error:
-            if type(error) is not ValueError:  # no JSON, no UTF-8
+            if type(error) is not ValueError:  # not JSON, or not UTF-8
                 return None
             record = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 4300 else float(digits))
     except (ValueError, RecursionError):

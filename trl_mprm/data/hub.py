@@ -1,10 +1,10 @@
 """
-The Hugging Face Hub: what is an id there, and the files of a repository on this disk.
+The Hugging Face Hub: which names are repository ids, and local copies of repositories.
 
     snapshot("OpenGVLab/VisualPRM400K-v1.1-Raw", "dataset", allow_patterns="annotations.zip")
     -> ~/.cache/huggingface/hub/datasets--OpenGVLab--VisualPRM400K-v1.1-Raw/snapshots/3f0c...
 
-`huggingface_hub` is imported when the Hub is asked: a selection from local files does without it.
+`huggingface_hub` is imported only when the Hub is asked, so that selecting from local files does without it.
 """
 
 import errno
@@ -22,12 +22,12 @@ from .shards import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT = 20.0  # seconds that the Hub has to answer; `huggingface_hub` would wait for ever
+TIME_LIMIT = 20.0  # seconds to wait for the Hub; `huggingface_hub` would wait for ever
 
 
 def is_hub_id(name: object) -> bool:
     """
-    Whether a name is the id of a repository, `org/name` by the rules of the Hub, and neither a file nor a folder here.
+    Whether a name is a repository id, `org/name` by the rules of the Hub, and not a local file or folder.
 
     Examples:
     ```python
@@ -48,34 +48,34 @@ def is_hub_id(name: object) -> bool:
 
 
 def public_name(path: str) -> str:
-    """A Hub id as it is; of a local folder its name alone."""
+    """Return a Hub id unchanged, and a local path without its parent folders."""
     return path if is_hub_id(path) else Path(path).name
 
 
 def snapshot(repo_id: str, kind: str, revision: str | None = None, **patterns: Any) -> Path:
     """
-    The folder of a repository on this disk, its files fetched, or as an earlier run fetched them where the Hub cannot be
-    asked.
+    Fetch a repository and return its local folder; when the Hub cannot be reached, return the copy that an earlier run
+    fetched.
 
     Args:
         repo_id (`str`):
-            Its id, `org/name`.
+            Id of the repository, `org/name`.
         kind (`str`):
             `"dataset"` or `"model"`.
         revision (`str`, *optional*):
             A branch, a tag or a commit.
         patterns (`Any`):
-            `allow_patterns`, `ignore_patterns`: which files.
+            `allow_patterns` and `ignore_patterns`, which choose the files.
 
     Raises:
-        `FileNotFoundError`: One line: no such repository, no access, or no answer of the Hub that can be used.
+        `FileNotFoundError`: no such repository, no access, or no usable answer from the Hub; the message is one line.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
     options = {"repo_type": kind, "revision": revision, **patterns}
     try:
         with clear_hub_errors(repo_id, kind):
-            # `snapshot_download` asks the same without a limit of time
+            # `snapshot_download` asks the same without a time limit
             if not constants.HF_HUB_OFFLINE:
                 HfApi().repo_info(repo_id, repo_type=kind, revision=revision or "main", timeout=TIME_LIMIT)
             return Path(snapshot_download(repo_id, etag_timeout=TIME_LIMIT, **options))
@@ -84,18 +84,18 @@ def snapshot(repo_id: str, kind: str, revision: str | None = None, **patterns: A
             folder = Path(snapshot_download(repo_id, local_files_only=True, **options))
         except (OSError, ValueError):
             raise error from None
-        logger.warning("%s; taken as an earlier run fetched it", error)
+        logger.warning("%s; using the copy that an earlier run fetched", error)
         return folder
 
 
 @contextmanager
 def clear_hub_errors(repo_id: str, kind: str) -> Iterator[None]:
-    """Whatever goes wrong when the Hub is asked for a repository becomes one line, a `FileNotFoundError`."""
+    """Turn any error of a request to the Hub into a `FileNotFoundError` with a one-line message."""
     from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    # A broken answer (a list for an object, a page for JSON) fails wherever `huggingface_hub` first looks into it.
+    # A malformed answer (a list for an object, a page for JSON) fails wherever `huggingface_hub` first reads it.
     except (HTTPError, OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise FileNotFoundError(f"{repo_id}: {_problem(error, repo_id, kind)}") from error
 
@@ -143,16 +143,16 @@ def _problem(error: Exception, repo_id: str, kind: str) -> str:
 
 @cache
 def hub_annotations(repo_id: str) -> Path | None:
-    """The `annotations.zip` of a dataset on the Hub, None if it has no such file."""
+    """Fetch the `annotations.zip` of a dataset on the Hub; None if it has no such file."""
     file = snapshot(repo_id, "dataset", allow_patterns="annotations.zip") / "annotations.zip"
     return file if file.is_file() else None
 
 
 def hub_snapshot(repo_id: str, file: str) -> Path:
-    """The local folder of a dataset on the Hub, with `file` in it if there is one; its name is the commit."""
+    """Fetch `file` of a dataset, if it has one, and return the local folder, whose name is the commit."""
     return snapshot(repo_id, "dataset", allow_patterns=file)
 
 
 def download_model(model_id: str, **kwargs: Any) -> Path:
-    """A snapshot of a model on the Hub. Raises `FileNotFoundError`, in one line, where there is none."""
+    """Fetch a model from the Hub. Raises `FileNotFoundError`, with a one-line message, where there is none."""
     return snapshot(model_id, "model", **kwargs)

@@ -1,4 +1,4 @@
-"""Rows of files and of the Hub, one by one, each usable or refused with its place."""
+"""Read rows one by one, from files or the Hub; each is either usable or refused, with its file and line."""
 
 import os
 from collections import Counter
@@ -21,7 +21,7 @@ from .splits import local_inputs
 
 
 class Refusal(NamedTuple):
-    """A row that was not used. `line` counts from 1, as editors do; `detail` says what was found."""
+    """A row that was not used. `line` counts from 1, as in editors; `detail` says what was found."""
 
     file: str
     line: int
@@ -31,7 +31,7 @@ class Refusal(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A row with the place it came from. `line` counts from 1, as editors do; `source` is the one by file name."""
+    """A row and its place. `line` counts from 1, as in editors; `source` is the one given by the file name."""
 
     file: str
     line: int
@@ -41,13 +41,13 @@ class Rollout(NamedTuple):
 
 @dataclass
 class Tally:
-    """What became of rows that were read: the refused ones, and whether any image was found."""
+    """Keeps the refusals among rows that are read, and whether any image was found."""
 
     refusals: list[Refusal] = field(default_factory=list)
     found: bool = False
 
     def rows(self, items: Iterable[Rollout | Refusal]) -> Iterator[dict]:
-        """The rows that can be used."""
+        """Yield the usable rows."""
         for item in items:
             if isinstance(item, Rollout):
                 self.found = self.found or bool(item.row["images"])
@@ -58,7 +58,7 @@ class Tally:
 
     @property
     def came_without_images(self) -> bool:
-        """Whether images are missing and not one was found: rows that have none say nothing about it."""
+        """Whether images are missing and none was found; rows without images do not count either way."""
         return not self.found and any(refusal.reason is Reason.IMAGE_MISSING for refusal in self.refusals)
 
 
@@ -84,9 +84,9 @@ def read_rollouts(
     Read rollouts one by one: a [`Rollout`] for each row that can be used, a [`Refusal`] for each that cannot.
 
     An image is checked once, by its header and its last bytes: a known format, at most `MAX_PIXELS` pixels, the end
-    mark of PNG or JPEG present. Only a file without that mark is decoded. `check_images=False` leaves image paths as
-    they are and does not look for the files. `streaming` concerns datasets on the Hub alone. `split` and `name` are those
-    of [`load_rollouts`]. `keep_missing` keeps rows whose images are not there, with the paths where they would be.
+    mark of PNG or JPEG present. Only a file without that mark is decoded. `check_images=False` leaves image paths
+    unchanged and does not look for the files. `streaming` applies to datasets on the Hub only. `split` and `name` are as
+    in [`load_rollouts`]. `keep_missing` keeps rows whose images are missing, with the paths where they would be.
 
     Examples:
     ```python
@@ -109,7 +109,7 @@ def read_rollouts(
         try:
             row = to_row(record, drop_answer_step)
             row["images"] = find_images(record, finders[root], keep_missing)
-            # Known by file and line, not by its own source: two files may share a source.
+            # The default id names the file, not the row's own source, which two files may share.
             row["source"] = own_text(record, "source") or source
             row["rollout_id"] = own_text(record, "rollout_id") or f"{source}:{number}"
         except Refused as refused:
@@ -119,7 +119,7 @@ def read_rollouts(
 
 
 def describe_refusals(refusals: Iterable[Refusal]) -> list[str]:
-    """One line a reason: how many rows, of which sources, and where the first one stands."""
+    """One line per reason: how many rows were refused, from which sources, and the place of the first."""
     by_reason: dict[Reason, list[Refusal]] = {}
     for refusal in refusals:
         by_reason.setdefault(refusal.reason, []).append(refusal)
@@ -136,7 +136,7 @@ def describe_refusals(refusals: Iterable[Refusal]) -> list[str]:
 def _records(
     inputs: Paths, streaming: bool, split: str, name: str | None
 ) -> Iterator[tuple[str, Path | None, int, str, object]]:
-    """File, its folder, line from 0, source by file name, and the parsed line (None: no JSON object) of every row."""
+    """Yield for every row: file, its folder, line from 0, source by file name, parsed line (None: no JSON object)."""
     if is_hub_id(inputs) and (hub_annotations(inputs) is None or (split, name) != ("train", None)):
         for number, record in enumerate(_hub_rows(inputs, streaming, split, name)):
             yield str(inputs), None, number, str(inputs).split("/")[-1], record
@@ -172,7 +172,7 @@ def _hub_rows(repo_id: str, streaming: bool, split: str, name: str | None) -> It
 
 
 def _undecoded(features: Features) -> Features:
-    """Images stay as they are stored, {"bytes", "path"}; columns of mixed types, stored as JSON, become what they are."""
+    """Features that leave images undecoded, as {"bytes", "path"}; mixed columns, stored as JSON, are decoded."""
 
     def walk(feature: object) -> object:
         if isinstance(feature, Image):

@@ -7,13 +7,13 @@ In, a line of the raw annotations of VisualPRM400K-v1.1-Raw (file `Geometry3K.js
      "steps_with_score": [{"step": "x = 5.", "score": 0.125, "num_mc_correct": 2, "num_mc_total": 16}],
      "num_mc_sequences": 16, "answer": "52", "response": "..."}
 
-or a stepwise row as TRL had it: {"prompt": "Find x.", "completions": ["x = 5."], "labels": [true]}. Out:
+or a stepwise row in TRL's former format: {"prompt": "Find x.", "completions": ["x = 5."], "labels": [true]}. Out:
 
     {"images": [{"path": "/data/images/Geometry3K/1471.png", "bytes": None}], "prompt": "Find x.",
      "completions": ["x = 5."], "labels": [0.125], "mc_scores": [0.125], "mc_counts": [2], "mc_total": 16,
      "source": "Geometry3K", "rollout_id": "Geometry3K:0"}
 
-A row that cannot be used is refused, for one named reason.
+A row that cannot be used is refused, with one named reason.
 """
 
 import fcntl
@@ -53,7 +53,7 @@ FEATURES = Features(
     }
 )
 
-# Of rows without their images: `filter` hands over whole rows, and would open what is not there.
+# For rows whose images are missing: `filter` passes whole rows, and would try to open them.
 UNDECODED = Features({**FEATURES, "images": List(Image(decode=False))})
 
 
@@ -70,39 +70,39 @@ def load_rollouts(
     Read Monte-Carlo-annotated rollouts into a [`~datasets.Dataset`] with the columns `images`, `prompt`,
     `completions`, `labels`, `mc_scores`, `mc_counts`, `mc_total`, `source`, `rollout_id`.
 
-    `labels` are the scores, with -100 where a step was not measured (`num_mc_total` 0), and `mc_scores` is null there.
-    Images are paths; they are decoded when a row is read. `rollout_id` is the file name and the line from 0. Refused
-    rows are logged: one warning a reason, with counts by source and the first file and line;
-    [`~trl_mprm.data.reading.read_rollouts`] hands them out one by one.
+    `labels` are the scores, with -100 where a step was not measured (`num_mc_total` 0); `mc_scores` is null there.
+    Images are paths; they are decoded when a row is read. `rollout_id` is the file name and the line, counted from 0.
+    Refused rows are logged, one warning per reason, with counts by source and the first file and line;
+    [`~trl_mprm.data.reading.read_rollouts`] yields them one by one.
 
-    A score in quotes (`"0.5"`) is refused as `score_not_a_number`. The paper's reader turns it into a number, but a
-    writer that quotes its numbers may as well write "nan" or "0,5", and a column that is half text breaks every
-    typed reader after this one.
+    A score in quotes (`"0.5"`) is refused as `score_not_a_number`. The paper's reader converts it to a number, but a
+    writer that quotes its numbers may also write "nan" or "0,5", and a column that mixes text and numbers breaks every
+    typed reader downstream.
 
     Args:
         path_or_hub_id (`str`, path, or `list` of paths):
             A folder (its files, or its `annotations.zip`), a glob, one file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`,
-            `.parquet`, or a `.zip` of `.jsonl`, read in place), a list of these, a folder of `save_to_disk`, or a
-            dataset on the Hub: its `annotations.zip` where there is one, else one of its splits.
+            `.parquet`, or a `.zip` of `.jsonl`, read in place), a list of these, a folder written by `save_to_disk`,
+            or a dataset on the Hub: its `annotations.zip` if it has one, else one of its splits.
             [`~trl_mprm.data.formats`] has the formats of a row, [`~trl_mprm.data.splits`] the rules for folders.
         image_root (`str` or path, *optional*):
-            Folder of the images. Image paths stay inside it. Defaults to the folder of each file; if not one image is
-            found there, the annotations came without them, and rows keep the paths where they would be, which are not
-            opened. Such rows can be scored, filtered and selected; a training refuses them.
+            Folder of the images. Image paths may not leave it. Defaults to the folder of each file; if no image at all
+            is found there, the annotations are taken to have come without images: rows keep the paths, which are not
+            opened. Such rows can be scored by BIS, filtered and selected, but not trained on.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of a data set: on the Hub, or a folder whose names tell of splits (`train.jsonl`, `data/test-*.parquet`,
-            `train/*.jsonl`, a saved `DatasetDict`), as `datasets.load_dataset` finds them. Who names a file means that
-            file, whatever it is called; a folder of other names is all train.
+            Split of a data set: on the Hub, or in a folder with splits in its names (`train.jsonl`,
+            `data/test-*.parquet`, `train/*.jsonl`, a saved `DatasetDict`), found as `datasets.load_dataset` finds
+            them. A file given by name is read whatever it is called; a folder without split names is all train.
         name (`str`, *optional*):
             Configuration of the data set.
         streaming (`bool`, *optional*, defaults to `False`):
-            Read rows when they are asked for. Files are shared out among the workers of a data loader.
+            Read rows on demand. The workers of a data loader share the files among them.
         drop_answer_step (`bool`, *optional*, defaults to `False`):
-            Leave a last step that states the final answer without label and score.
+            Drop the label and score of a last step that states the final answer.
 
     Raises:
-        `FileNotFoundError`: no such file, folder or dataset. `ValueError`: no row can be used; no such split, or names of
-        which it is not clear which split they are of.
+        `FileNotFoundError`: no such file, folder or dataset. `ValueError`: no row can be used, no such split, or names
+        that leave unclear which split they belong to.
 
     Examples:
     ```python
@@ -145,12 +145,12 @@ def load_rollouts(
             "with images under image_root"
         )
     table = datasets.table.MemoryMappedTable.from_file(str(path))
-    # The fingerprint is the content: `map` finds its cache again in the next run, and never a stale one.
+    # The fingerprint follows from the content, so that the next run finds the cache of `map`, and never a stale one.
     return Dataset(table, info=DatasetInfo(features=features), fingerprint=path.stem)
 
 
 def _saved(folder: Path, split: str) -> Dataset | None:
-    """What `save_to_disk` wrote there: a data set, or the split of several."""
+    """Load a data set, or one split of several, that `save_to_disk` wrote; None for any other path."""
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return None
     saved = datasets.load_from_disk(str(folder))
@@ -162,7 +162,7 @@ def _saved(folder: Path, split: str) -> Dataset | None:
 
 
 def _parts(inputs: Paths, split: str, name: str | None) -> list[Paths]:
-    """What workers share out: files one by one, and data sets; of two with one name the second one is an error."""
+    """The inputs that workers share among them, each a file or a data set; two of one name are an error."""
     if is_hub_id(inputs):
         return [inputs]
     local = local_inputs(inputs, split, name)
@@ -179,11 +179,11 @@ NO_IMAGES = (
     "pass the folder of the images as image_root"
 )
 
-STREAM_AHEAD = 1000  # rows of a stream by which it is decided whether the annotations came without their images
+STREAM_AHEAD = 1000  # the first rows of a stream decide whether the annotations came without their images
 
 
 def _stream(parts: list[Paths], **options: Any) -> Iterator[dict]:
-    """The rows that can be used; at the end a warning for each reason why others cannot."""
+    """Yield the usable rows; at the end log one warning per reason for refusing others."""
     tally = Tally()
     for part in parts:
         yield from tally.rows(read_rollouts(part, **options))
@@ -192,7 +192,7 @@ def _stream(parts: list[Paths], **options: Any) -> Iterator[dict]:
 
 
 def _write_arrow(rows: Iterable[dict]) -> tuple[Path, int]:
-    """Write rows to an Arrow file in the cache of `datasets`, named by its content, and count them."""
+    """Write rows to an Arrow file in the cache of `datasets`, named by its content; return its path and their number."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_mprm"
     schema, n_rows = FEATURES.arrow_schema, 0
     with _temporary_file(folder) as file:
@@ -208,7 +208,7 @@ def _write_arrow(rows: Iterable[dict]) -> tuple[Path, int]:
 
 @contextmanager
 def _temporary_file(folder: Path) -> Iterator[BinaryIO]:
-    """A file that is deleted at the end unless it was renamed. It is locked while this process lives; free ones go."""
+    """A file that is deleted at the end unless it was renamed, locked while this process lives; unlocked ones are removed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / f"{uuid.uuid4().hex}.part", "xb+")
@@ -217,7 +217,7 @@ def _temporary_file(folder: Path) -> Iterator[BinaryIO]:
             f"cannot keep the rows in {folder} ({error.strerror}): set HF_HOME to a folder that can be written"
         ) from error
     with file:
-        with suppress(OSError):  # no locks on this file system: then nothing is removed there either
+        with suppress(OSError):  # a file system without locks, where nothing is removed either
             fcntl.flock(file, fcntl.LOCK_EX)
         for left in set(folder.glob("*.part")) - {Path(file.name)}:
             with suppress(OSError), open(left, "rb") as other:  # in use, or gone

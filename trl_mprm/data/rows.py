@@ -1,18 +1,19 @@
 """
-The row, and what all readers of a row agree on: what a step is, which rows ask the same question, why one is refused.
+The row, and what everything that reads rows agrees on: what counts as a step, which rows ask the same question, and why
+a row is refused.
 
 A row of VisualPRM400K-v1.1-Raw, read by [`~trl_mprm.load_rollouts`]:
 
     {
-        "images": [{"path": "/data/images/Geometry3K/1471.png", "bytes": None}],  # a path or bytes each; may be empty
+        "images": [{"path": "/data/images/Geometry3K/1471.png", "bytes": None}],  # each a path or bytes; may be empty
         "prompt": "Find x.",                     # the question: text, or a list of chat messages
         "completions": ["x = 5.", "So 52."],     # the steps
-        "labels": [0.125, -100.0],               # one per step in [0, 1]; -100 (IGNORE_INDEX): nobody measured it
+        "labels": [0.125, -100.0],               # one per step in [0, 1]; -100 (IGNORE_INDEX): not measured
         "mc_scores": [0.125, None],              # share of its continuations that were right
         "mc_counts": [2, None],                  # how many were right
-        "mc_total": 16,                          # of how many; None where unknown or not the same for all steps
-        "source": "Geometry3K",                  # what is selected from on its own: the file, unless the row says it
-        "rollout_id": "Geometry3K:0",            # file and line from 0, unless the row says it
+        "mc_total": 16,                          # out of how many; None if unknown or not equal for all steps
+        "source": "Geometry3K",                  # each source is selected from on its own; by default the file
+        "rollout_id": "Geometry3K:0",            # by default the file and the line, counted from 0
     }
 """
 
@@ -27,15 +28,15 @@ IGNORE_INDEX = -100
 
 
 class Reason(StrEnum):
-    """Why a row is refused. The first reason that holds is the one that is named."""
+    """The reasons for refusing a row; the first one that applies is reported."""
 
-    NOT_JSON = "not_json"  # the line is no JSON object
-    UNKNOWN_FORMAT = "unknown_format"  # no key under which a supported format has its steps
+    NOT_JSON = "not_json"  # the line is not a JSON object
+    UNKNOWN_FORMAT = "unknown_format"  # none of the keys under which a supported format keeps its steps
     PROMPT_MISSING = "prompt_missing"  # no question, an empty one, or a chat that is not one user turn of text
-    EMPTY_STEPS = "empty_steps"  # `steps_with_score` or `completions` is an empty list, or no list
+    EMPTY_STEPS = "empty_steps"  # `steps_with_score` or `completions` is an empty list, or not a list
     STEP_WITHOUT_TEXT = "step_without_text"
     TEXT_NOT_UNICODE = "text_not_unicode"  # a lone surrogate, which no file and no tokenizer can hold
-    LABELS_NOT_ONE_A_STEP = "labels_not_one_a_step"  # labels, mc_scores or mc_counts: another length than the steps
+    LABELS_NOT_ONE_A_STEP = "labels_not_one_a_step"  # labels, mc_scores or mc_counts differ from the steps in length
     STEP_WITHOUT_SCORE = "step_without_score"
     SCORE_NOT_A_NUMBER = "score_not_a_number"  # quoted, bool, NaN
     SCORE_OUT_OF_RANGE = "score_out_of_range"  # outside [0, 1]
@@ -43,18 +44,18 @@ class Reason(StrEnum):
     IMAGE_NOT_A_PATH = "image_not_a_path"
     IMAGE_MISSING = "image_missing"
     IMAGE_OUTSIDE_ROOT = "image_outside_root"  # links followed
-    IMAGE_UNREADABLE = "image_unreadable"  # no picture, cut short, or more than MAX_PIXELS pixels
+    IMAGE_UNREADABLE = "image_unreadable"  # not a picture, a truncated one, or one of more than MAX_PIXELS pixels
 
 
 class Refused(ValueError):
     """
-    Why a row, a record of a benchmark, or a picture cannot be used.
+    Raised for a row, a benchmark record or a picture that cannot be used, with the reason.
 
     Args:
         reason (`str`):
-            One word that refusals are counted by: a [`Reason`], or one of a benchmark's own.
+            The word under which refusals are counted: a [`Reason`], or one that a benchmark defines.
         detail (`str`, *optional*):
-            What was expected and what came, in words.
+            A sentence that says what was expected and what was found.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -69,7 +70,7 @@ class Refused(ValueError):
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON may hold half of a surrogate pair, which no file can."""
+    """Whether a text can be encoded as UTF-8; JSON can hold half of a surrogate pair, which UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -78,25 +79,24 @@ def is_unicode(text: str) -> bool:
 
 
 def check_unicode(name: str, text: str) -> str:
-    """The text itself. Raises [`Refused`], which calls it `name`, where it is not Unicode."""
+    """Return `text`; raise [`Refused`], calling it `name`, unless it is valid Unicode."""
     if not is_unicode(text):
         half = next(letter for letter in text if not is_unicode(letter))
         raise Refused(
             Reason.TEXT_NOT_UNICODE,
-            f"{name} holds a lone surrogate ({half!r}), which no tokenizer reads: give it in UTF-8",
+            f"{name} holds a lone surrogate ({half!r}), which no tokenizer can read: give it in UTF-8",
         )
     return text
 
 
 def is_text(value: object) -> bool:
-    """Whether a value says something: a string with more than white space in it."""
+    """Whether a value is a string with more than white space in it."""
     return isinstance(value, str) and bool(value.strip())
 
 
 def check_steps(steps: Any, name: str = "`completions`") -> None:
     """
-    Raise [`Refused`], which calls the list `name`, unless `steps` is a list of at least one step, each of them non-blank
-    Unicode text.
+    Raise [`Refused`], calling the list `name`, unless `steps` is a non-empty list of non-blank Unicode texts.
 
     Examples:
     ```python
@@ -125,8 +125,8 @@ def check_steps(steps: Any, name: str = "`completions`") -> None:
 
 def measured(total: object) -> bool:
     """
-    Whether a step was tried at all, by the number of its continuations (`num_mc_total`). Of 0 (also as text, or false)
-    it was not: the annotation stopped before this step, and wrote a score of 0.0 that nobody measured.
+    Whether a step was measured, given its number of continuations (`num_mc_total`). 0 (also as text, or false) means
+    that the annotation stopped before this step; the score of 0.0 written there is not a measurement.
     """
     return (total.strip() if isinstance(total, str) else total) not in (0, "0", "0.0")
 
@@ -136,8 +136,8 @@ def measured(total: object) -> bool:
 
 def check_row(row: dict[str, Any], name: str) -> None:
     """
-    Raise [`Refused`], which names the row, unless it has a question, steps, and one label per step, in [0, 1] or -100
-    and not all of them -100.
+    Raise [`Refused`], naming the row, unless it has a question, steps, and one label per step, each in [0, 1] or -100,
+    and not all -100.
     """
     missing = [column for column in ("prompt", "completions", "labels") if column not in row]
     if missing:
@@ -162,11 +162,11 @@ def check_row(row: dict[str, Any], name: str) -> None:
 def _check_labels(labels: Any, n_steps: int) -> None:
     if not isinstance(labels, Sized) or isinstance(labels, str | bytes | dict):
         raise Refused(
-            Reason.LABELS_NOT_ONE_A_STEP, f"`labels` is {labels!r:.60}, expected a list of numbers, one a step"
+            Reason.LABELS_NOT_ONE_A_STEP, f"`labels` is {labels!r:.60}, expected a list of numbers, one per step"
         )
     if len(labels) != n_steps:
         raise Refused(
-            Reason.LABELS_NOT_ONE_A_STEP, f"{len(labels)} labels for {n_steps} steps, expected one label a step"
+            Reason.LABELS_NOT_ONE_A_STEP, f"{len(labels)} labels for {n_steps} steps, expected one label per step"
         )
     for number, label in enumerate(labels):
         if not _is_label(label):
@@ -188,13 +188,13 @@ def _is_label(label: Any) -> bool:
 
 
 def own_text(record: dict | None, name: str) -> str | None:
-    """A field that a record may carry of its own: `source`, `rollout_id`. None if it is no text that can be written."""
+    """A text field that a record may carry (`source`, `rollout_id`); None if it is missing or not valid text."""
     value = None if record is None else record.get(name)
     return value if isinstance(value, str) and value and is_unicode(value) else None
 
 
 def image_list(record: dict) -> list:
-    """The images of a record as it names them."""
+    """The images of a record, in the form in which the record gives them."""
     images = record.get("images") or record.get("image") or record.get("image_url") or []
     return images if isinstance(images, list) else [images]
 
@@ -204,13 +204,13 @@ def image_list(record: dict) -> list:
 
 def question_key(prompt: object, images: Iterable = ()) -> tuple[str, ...]:
     """
-    What rows that ask the same question have in common: the prompt, and for each picture what tells it from others.
+    A key that rows share when they ask the same question: the prompt, and one key per picture.
 
     Args:
         prompt (`str` or `list`):
             Text, or chat messages.
         images (`Iterable`):
-            See [`picture_key`]. To count copies of a file as one picture, pass their bytes.
+            As in [`picture_key`]. To count copies of a file as one picture, pass their bytes.
 
     Examples:
     ```python
@@ -225,13 +225,13 @@ def question_key(prompt: object, images: Iterable = ()) -> tuple[str, ...]:
 
 
 def picture_key(image: Any) -> str:
-    """The path of a picture; of one that came as bytes, or decoded by Pillow, a hash of its bytes or its pixels."""
+    """The path of a picture; for one given as bytes or decoded by Pillow, a hash of its bytes or pixels."""
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, str):
         return image
     if not isinstance(image, bytes):
-        from PIL import Image  # not before: a selection from files does without it
+        from PIL import Image  # imported here because a selection from files does without it
 
         if not isinstance(image, Image.Image):
             return str(image)

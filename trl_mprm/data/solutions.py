@@ -1,5 +1,5 @@
 """
-Solutions to be scored, from files of rows in any format or from lines of JSON; annotations are not needed.
+Read solutions to score, with or without annotations, from files of rows in any format or from lines of JSON.
 
     {"prompt": "1 + 1?", "completions": ["1 + 1 = 2."]}                      one solution
     {"prompt": "1 + 1?", "candidates": [["It is 2."], "Add them.\\n\\nSo 2."]}   several, as steps or as texts to split
@@ -22,7 +22,7 @@ KEYS = {*READ_KEYS, "candidates"}
 
 
 class Solution(NamedTuple):
-    """Where a solution stands, the record it came in, and its row (`prompt`, `completions`, `images`) or why it has none."""
+    """A solution: its place, its record, and its row (`prompt`, `completions`, `images`) or the refusal."""
 
     place: str
     record: dict[str, Any]
@@ -37,11 +37,11 @@ def read_solutions(
 
     Args:
         path (`str`):
-            A file or folder, as [`load_rollouts`] takes it.
+            A file or folder, as in [`load_rollouts`].
         image_root (`str`, *optional*):
             Folder of the images. Defaults to the folder of the file.
         split (`str`, *optional*, defaults to `"blank_line"`):
-            How a candidate that is one text becomes steps, see [`split_steps`].
+            How to split a candidate that is one text into steps, see [`split_steps`].
 
     Examples:
     ```python
@@ -64,7 +64,7 @@ def read_solutions(
 def solutions_of(
     lines: Iterable[bytes], name: str, image_root: str | os.PathLike | None, split: str = "blank_line"
 ) -> Iterator[Solution]:
-    """The solutions in lines of JSON; `name` is what the lines are called, as `"standard input"`."""
+    """Read solutions from lines of JSON; `name` stands for the file in places, e.g. `"standard input"`."""
     finder = ImageFinder(image_root)
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -75,7 +75,9 @@ def solutions_of(
             continue
         candidates = record.pop("candidates")
         if not isinstance(candidates, list) or not candidates:
-            yield Solution(f"{name}:{number}", record, Refused(Reason.EMPTY_STEPS, "`candidates` is no list"))
+            yield Solution(
+                f"{name}:{number}", record, Refused(Reason.EMPTY_STEPS, "`candidates` is not a list of candidates")
+            )
             continue
         for index, steps in enumerate(candidates, 1):
             steps = split_steps(steps, split) if isinstance(steps, str) else steps

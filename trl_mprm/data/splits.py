@@ -1,7 +1,7 @@
 """
-Which files a user means by the name of a folder, a file, or a data set on the Hub.
+Resolve the name of a folder, a file or a data set on the Hub to the files that the user means.
 
-A folder of sources is read whole. A folder whose names tell of splits is a copy of a data set, and is read as
+A folder of sources is read whole. A folder with splits in its names is a copy of a data set, and is read as
 `datasets.load_dataset` reads the original:
 
     raw/AI2D.jsonl  raw/GEOS.jsonl                               both, a source each
@@ -17,7 +17,7 @@ from .hub import hub_annotations, is_hub_id, snapshot
 from .shards import SUFFIXES, Paths, SplitFiles, input_files
 
 
-# The words and the separators that `datasets` looks for in names of files and folders (datasets.data_files).
+# The words and separators that `datasets` looks for in the names of files and folders (datasets.data_files).
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -33,7 +33,7 @@ _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")  # as `push_to_h
 
 def local_inputs(inputs: Paths, split: str = "train", name: str | None = None) -> Paths:
     """
-    Inputs on this disk, of data sets the files of one split.
+    Return inputs as local paths; a data set becomes the files of one of its splits.
 
     Args:
         inputs (`str`, path, or `list` of paths):
@@ -44,7 +44,7 @@ def local_inputs(inputs: Paths, split: str = "train", name: str | None = None) -
             Configuration of the data set.
 
     Raises:
-        `ValueError`: No such split, or names of which it is not clear which split they are of; both list what there is.
+        `ValueError`: no such split, or names that leave unclear which split they belong to; both list what was found.
 
     Examples:
     ```python
@@ -64,7 +64,7 @@ def local_inputs(inputs: Paths, split: str = "train", name: str | None = None) -
         archive = hub_annotations(inputs) if split == "train" and name is None else None
         return archive or _hub_files(inputs, split, name)
     if isinstance(inputs, SplitFiles) or not Path(inputs).is_dir():
-        return inputs  # who names a file means that file
+        return inputs  # a file that is named is read, whatever it is called
     return _folder_files(Path(inputs), split, name)
 
 
@@ -74,7 +74,7 @@ def _as_list(item: Paths) -> list:
 
 def split_of(path: str) -> str | None:
     """
-    The split that a path within a data set tells of: by its folders, else by its file; None without any.
+    The split that a path within a data set names, in its folders or else in its file name; None if it names none.
 
     Examples:
     ```python
@@ -121,7 +121,7 @@ def _folder_files(folder: Path, split: str, name: str | None) -> Paths:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Files with rollouts right in a folder, or where there are none, in the folders below."""
+    """Files with rollouts directly in a folder or, if there are none, in the folders below."""
     try:
         return input_files(folder)
     except FileNotFoundError:
@@ -144,7 +144,7 @@ def _listed(splits: dict[str | None, list]) -> str:
 
 
 def _one_source(dataset: str, files: list[Path]) -> Paths:
-    """Several files of a split are one after the other one file; a single file is what it is."""
+    """Join the files of a split into one source, unless there is only one."""
     return str(files[0]) if len(files) == 1 else SplitFiles(dataset, [Path(file) for file in files])
 
 
@@ -157,9 +157,9 @@ def _splits_of_dataset(path: str, name: str | None) -> dict[str | None, list]:
 
 
 def _hub_files(repo_id: str, split: str, name: str | None) -> SplitFiles:
-    """What `load_dataset` would read of a split, in its order, as files on this disk."""
+    """Fetch the files that `load_dataset` would read for a split, in its order."""
     files = _split(repo_id, split, _splits_of_dataset(repo_id, name))
-    # hf://datasets/org/name@commit/path
+    # Each file is hf://datasets/org/name@commit/path.
     commits, paths = zip(*(file.split("@", 1)[1].split("/", 1) for file in files), strict=True)
     odd = next((path for path in paths if not path.endswith(SUFFIXES)), None)
     if odd is not None:

@@ -4,8 +4,8 @@ Split the text of a solution into steps.
     "Tiles A and C are red.\\n\\nSo there are two.\\nFinal answer: 2"
     -> ["Tiles A and C are red.", "So there are two.", "Final answer: 2"]
 
-How a solution is split changes every score after it, so nothing is split unless a rule is named: the rule should be the
-one that the training data followed. VisualPRM400K, and so the paper, split at blank lines.
+How a solution is split affects every score, so nothing is split unless a rule is named, which should be the rule that the
+training data followed. VisualPRM400K, and hence the paper, split at blank lines.
 """
 
 import re
@@ -26,24 +26,24 @@ FINAL_ANSWER = re.compile(
     re.IGNORECASE,
 )
 
-# By the first of its patterns that a text has: a numbered list within "Step 1:" stays whole.
+# The first pattern that occurs in a text applies, so that a numbered list within "Step 1:" stays whole.
 SPLITS = {"blank_line": (BLANK_LINE,), "numbered": (STEP, ITEM)}
 
 
 def split_steps(text: str, by: str = "blank_line") -> list[str]:
     """
-    Split the text of a solution into steps, white space around them removed.
+    Split the text of a solution into steps, stripped of surrounding white space.
 
     Args:
         text (`str`):
             Text of a solution.
         by (`str`, *optional*, defaults to `"blank_line"`):
             `"blank_line"`: a step is a paragraph, as in VisualPRM400K. `"numbered"`: a step begins with a line such as
-            `Step 2:` or, in a text without those, `2.`; text before the first belongs to the first. Either way a line
-            of the last step that states the answer (`Final answer: 2`) begins a step of its own, to the end.
+            `Step 2:` or, in a text without those, `2.`; text before the first such line belongs to the first step. In
+            both cases a line of the last step that states the answer (`Final answer: 2`) begins a separate step.
 
     Returns:
-        `list[str]`: the steps; empty for a text without any.
+        `list[str]`: the steps; empty for a blank text.
 
     Examples:
     ```python
