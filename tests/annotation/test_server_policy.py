@@ -185,16 +185,17 @@ def test_bad_days_are_survived(url, tmp_path):
             handler.connection.close()
         elif number == 15:
             handler.connection.settimeout(None)
-            threading.Event().wait(1.5)  # too late for the client
+            threading.Event().wait(2.5)  # too late for the client
         else:
             return False
         return True
 
     with proxy(url, misbehave) as (address, seen):
-        policy = ServerPolicy(address, max_new_tokens=32, workers=2, wait=0.01, timeout=1.0)
+        policy = ServerPolicy(address, max_new_tokens=32, workers=2, wait=0.01, timeout=2.0)
         data = annotate(rows(6), policy, checker=right, n=4, output=tmp_path / "a.jsonl")
     n_steps = sum(map(len, data["completions"]))
-    assert len(data) == 6 and len(seen) == 3 + n_steps + 6  # the check, each step once, and the six bad answers
+    assert len(data) == 6 and len(seen) >= 3 + n_steps + 6  # the check, each step once, and the six bad answers
+    assert len(open(tmp_path / "a.draws.jsonl").readlines()) == 1 + n_steps  # each step paid for once
     assert {len(draws["finish"]) for row in data for draws in row["draws"]} == {4}
 
 
