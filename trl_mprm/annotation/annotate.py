@@ -24,7 +24,7 @@ from ..files import write_json
 from ..selection.rules import CutSpec
 from .budget import Race, Tally, next_draws
 from .checkers import Checker, find_checker
-from .drawing import BATCH, Drawing, cost
+from .drawing import Drawing, cost
 from .opening import open_policy
 from .output import annotated_row, evidence, raw_record, to_dataset, write_jsonl, write_parquet
 from .policies import Policy
@@ -33,6 +33,7 @@ from .questions import Rollout, from_rows
 from .second import agreement, second_opinion
 
 
+RACE_BATCH = 64  # rollouts of a source that are drawn on at once
 MAX_STEPS = 12  # of a sampled solution, as in VisualPRM400K
 
 
@@ -54,6 +55,7 @@ def annotate(
     second: str | Callable[..., list[str]] | Policy | None = None,
     price: float | None = None,
     engine: Literal["local", "ray"] = "local",
+    workers: int = 8,
     **sampling: Any,
 ) -> Dataset:
     """
@@ -101,6 +103,8 @@ def annotate(
             Of a million computed tokens, for the cost.
         engine (`str`, *optional*, defaults to `"local"`):
             `"ray"`: a policy on every worker of a Ray cluster, with the same result.
+        workers (`int`, *optional*, defaults to 8):
+            Rollouts that a server draws on at the same time.
         sampling:
             `temperature`, `top_p`, `top_k`, `max_new_tokens` of a policy that is a server or a model.
 
@@ -124,7 +128,7 @@ def annotate(
 
     ```
     """
-    plan = Plan(n, solutions, budget, fraction, alpha, mode, error, seed, format, price, engine)
+    plan = Plan(n, solutions, budget, fraction, alpha, mode, error, seed, format, price, engine, workers)
     return annotate_rollouts(from_rows(rows), policy, output, plan, checker=checker, second=second, **sampling)[0]
 
 
@@ -143,9 +147,10 @@ class Plan:
     format: str = "rows"
     price: float | None = None
     engine: str = "local"
+    workers: int = 8
 
     def __post_init__(self):
-        for name in ("n", "solutions"):
+        for name in ("n", "solutions", "workers"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -181,7 +186,7 @@ def annotate_rollouts(
     plan.check_output(output)
     checker_name, check = find_checker(checker)
     with (
-        _policy(policy, plan.engine, sampling) as policy,
+        _policy(policy, plan, sampling) as policy,
         Progress(
             output.with_name(f"{output.stem}.draws.jsonl"),
             settings := {"policy": policy.name, "checker": checker_name, "seed": plan.seed, **sampling},
@@ -213,11 +218,9 @@ def annotate_rollouts(
 
 
 @contextmanager
-def _policy(
-    policy: str | Callable[..., list[str]] | Policy, engine: str, sampling: dict[str, Any]
-) -> Iterator[Policy]:
-    if engine == "local":
-        yield open_policy(policy, **sampling)
+def _policy(policy: str | Callable[..., list[str]] | Policy, plan: Plan, sampling: dict[str, Any]) -> Iterator[Policy]:
+    if plan.engine == "local":
+        yield open_policy(policy, plan.workers, **sampling)
         return
     if isinstance(policy, Policy):
         raise ValueError("with the engine ray every worker opens its own policy: give a model, a URL, or a callable")
@@ -311,7 +314,7 @@ def _draw_race(rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing, 
 def _next_batch(races: list[tuple[Race, list[int]]]) -> Iterator[tuple[Race, int, list[int]]]:
     """A few rollouts of each race: many at once would draw on those that one more answer rules out."""
     for race, indices in races:
-        for index in race.take(max(1, min(BATCH, race.quota // 8))):
+        for index in race.take(max(1, min(RACE_BATCH, race.quota // 8))):
             yield race, index, indices
 
 

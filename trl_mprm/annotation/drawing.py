@@ -21,7 +21,7 @@ from .progress import Progress
 from .questions import Rollout
 
 
-BATCH = 64  # rollouts that are drawn on at once
+BATCH = 512  # rollouts that a policy gets at once
 
 
 def draw_seed(seed: int, rollout: str, step: int) -> int:

@@ -7,13 +7,15 @@ from .policies import CallablePolicy, Policy
 from .server_policy import ServerPolicy
 
 
-def open_policy(policy: str | Callable[..., list[str]] | Policy, **sampling: Any) -> Policy:
+def open_policy(policy: str | Callable[..., list[str]] | Policy, workers: int = 8, **sampling: Any) -> Policy:
     """
     A policy by name: the URL of a server (`http://...`), the Hub id or folder of a model, or a callable.
 
     Args:
         policy (`str`, `Callable` or [`Policy`]):
             As above; a [`Policy`] is taken as it is.
+        workers (`int`, *optional*, defaults to 8):
+            Rollouts that a server draws on at the same time.
         sampling:
             `temperature`, `top_p`, `top_k` and `max_new_tokens`, for a server or a model.
     """
@@ -26,7 +28,7 @@ def open_policy(policy: str | Callable[..., list[str]] | Policy, **sampling: Any
     if not isinstance(policy, str):
         raise ValueError(f"policy is {policy!r:.80}, expected a model, the URL of a server, or a callable")
     if policy.startswith(("http://", "https://")):
-        return ServerPolicy(policy, **sampling)
+        return ServerPolicy(policy, workers=workers, **sampling)
     from .model_policy import ModelPolicy  # here, so that a server does not wait for torch
 
     return ModelPolicy.from_pretrained(policy, **sampling)

@@ -35,6 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--max-new-tokens", type=int, default=2048, help="a draw that is longer is lost")
     command.add_argument("--price", type=float, help="of a million computed tokens: shows the cost")
     command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
+    command.add_argument("--workers", type=int, default=8, help="rollouts that a server draws on at once")
     command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
 
 
@@ -42,7 +43,20 @@ def annotate(args: argparse.Namespace) -> int:
     from ..annotation.annotate import Plan, annotate_rollouts
     from ..annotation.questions import from_files
 
-    names = ("n", "solutions", "budget", "fraction", "alpha", "mode", "error", "seed", "format", "price", "engine")
+    names = (
+        "n",
+        "solutions",
+        "budget",
+        "fraction",
+        "alpha",
+        "mode",
+        "error",
+        "seed",
+        "format",
+        "price",
+        "engine",
+        "workers",
+    )
     _, report = annotate_rollouts(
         from_files(args.input if len(args.input) > 1 else args.input[0], args.image_root),
         args.policy,
