@@ -3,10 +3,16 @@
 import argparse
 import logging
 import sys
+from importlib import import_module
 
 from .. import __version__
 from ..text import one_line
-from . import annotate, card, convert, demo, evaluate, score, select, serve, train
+
+
+# Command: its module. Only the one that is asked for is imported: `select` of a few files is done before others are.
+COMMANDS = {
+    name: name for name in ("select", "annotate", "train", "score", "evaluate", "serve", "card", "convert", "demo")
+} | {"export": "serve"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if argv[:1] == ["train"]:  # TrlParser has its own flags, taken from the dataclasses
-            return train.train(argv[1:])
-        args = _parser().parse_args(argv)
+            return import_module(".train", __name__).train(argv[1:])
+        args = _parser(*argv[:1]).parse_args(argv)
         return args.command(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
@@ -37,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130  # what a shell makes of Ctrl-C
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands; of one alone, where it is named."""
     parser = argparse.ArgumentParser(
         "trl-mprm", description="Multimodal process reward models on the Hugging Face stack"
     )
@@ -45,10 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         required=True, metavar="select | annotate | train | score | evaluate | serve | export | card | convert | demo"
     )
-    select.add_parser(commands)
-    annotate.add_parser(commands)
-    train_help = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
-    commands.add_parser("train", help=train_help)  # shown in the help; main() hands the arguments to TrlParser
-    for command in (score, evaluate, serve, card, convert, demo):
-        command.add_parser(commands)
+    for module in [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values()):
+        import_module(f".{module}", __name__).add_parser(commands)
     return parser

@@ -1,5 +1,6 @@
 """`trl-mprm train`: the flags of TRL, from the command line or a YAML file."""
 
+import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +64,12 @@ SMOKE = (
     "only check the recipe: its first steps on a tiny random model of the same architecture and made rollouts, without "
     "a download; shows that the fields fit together and that training runs, nothing of memory, speed, F1 or the launcher"
 )
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """What the help shows: TrlParser reads the arguments, see `train`."""
+    words = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
+    commands.add_parser("train", help=words)
 
 
 def train(argv: list[str]) -> int:
