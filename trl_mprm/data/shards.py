@@ -259,15 +259,19 @@ def lines_at(shard: Shard, numbers: np.ndarray, length: np.ndarray) -> Iterator[
                 yield json_line(shard.file, seen), json_line(shard.file, record)
         check_unchanged(shard)
         return
-    ends = np.cumsum(length, dtype=np.int64)
+    ends, sizes = np.cumsum(length, dtype=np.int64)[numbers].tolist(), length[numbers].tolist()
     with open_packed(shard.file, shard.member) as file:
-        file.seek(shard.start)
-        offset = 0
-        for end, size in zip(ends[numbers].tolist(), length[numbers].tolist(), strict=True):
-            file.seek(end - size - offset, os.SEEK_CUR)  # reads on where the file is packed
-            line = file.read(size)
-            yield line, line
-            offset = end
+        if shard.stop is None:  # perhaps packed: read on to each line
+            offset = 0
+            for end, size in zip(ends, sizes, strict=True):
+                file.seek(end - size - offset, os.SEEK_CUR)
+                line = file.read(size)
+                yield line, line
+                offset = end
+        else:
+            for end, size in zip(ends, sizes, strict=True):
+                line = os.pread(file.fileno(), size, shard.start + end - size)
+                yield line, line
     check_unchanged(shard)
 
 

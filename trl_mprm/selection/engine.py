@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.shards import Shard
+from ..data.shards import BATCH_BYTES, Shard
 from .passes import KeptRows, emit, score_shard
 from .rules import CutSpec
 from .summary import Scores, Summary
@@ -106,7 +106,10 @@ def _count_ties(shard: Shard, scores: Scores, cut: Cut) -> Ties:
 
 
 def _write_kept(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> KeptRows:
-    with open(folder / f"{shard.index}.kept", "wb") as kept, open(folder / f"{shard.index}.refused", "wb") as refused:
+    with (
+        open(folder / f"{shard.index}.kept", "wb", BATCH_BYTES) as kept,
+        open(folder / f"{shard.index}.refused", "wb") as refused,
+    ):
         return emit(shard, scores, cut, kept, refused)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data.shards import Shard
+from ..data.shards import BATCH_BYTES, Shard
 from ..files import atomic_output
 from .passes import KeptRows, emit, score_shard
 from .rules import CutSpec
@@ -152,7 +152,7 @@ def _emit(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> KeptRows:
         atomic_output(folder / f"{shard.index}.kept") as kept,
         atomic_output(folder / f"{shard.index}.refused") as refused,
     ):
-        with open(kept, "wb") as kept_file, open(refused, "wb") as refused_file:
+        with open(kept, "wb", BATCH_BYTES) as kept_file, open(refused, "wb") as refused_file:
             return emit(shard, scores, cut, kept_file, refused_file)
 
 

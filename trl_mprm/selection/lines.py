@@ -247,18 +247,18 @@ class LineReader:
         """Numbers of lines become arrays, a tenth of their size."""
         columns = self.columns
         n_steps, n_pos, mc_sum, _ = step_sums(
-            np.array(columns.scores, np.float64), np.concatenate([[0], np.cumsum(columns.n_steps, dtype=np.int64)])
+            np.fromiter(columns.scores, np.float64), np.append(0, np.cumsum(np.fromiter(columns.n_steps, np.int64)))
         )
         self.arrays.append(
             _Arrays(
-                np.array(columns.state, np.int32),
+                np.fromiter(columns.state, np.int32),
                 n_steps,
                 n_pos,
                 mc_sum,
-                np.array(columns.group, np.uint64),
-                np.array(columns.length, np.uint32),
-                np.array(columns.check, np.uint64).astype(np.uint32),
-                np.array(columns.words, np.uint32),
+                np.fromiter(columns.group, np.uint64),
+                np.fromiter(columns.length, np.uint32),
+                np.fromiter(columns.check, np.uint64).astype(np.uint32),
+                np.fromiter(columns.words, np.uint32),
             )
         )
         for column in columns:
