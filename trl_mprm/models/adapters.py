@@ -1,5 +1,5 @@
 """
-LoRA on the text decoder, with the marker's embedding row. What reaches into PEFT is here:
+LoRA on the text decoder, with the marker's embedding row. This module holds all code that reaches into PEFT:
 
 - `PeftModel.save_pretrained` (peft/peft_model.py), in [`adapted`];
 - `TrainableTokensLayer.forward_adapters` (peft/tuners/trainable_tokens/layer.py), in [`train_marker_in_place`].
@@ -25,7 +25,7 @@ from .loading import check_safetensors
 def fill_peft_config(
     peft_config: LoraConfig, model: PreTrainedModel, marker_id: int, reward_head: str = "lm"
 ) -> LoraConfig:
-    """Where the user left them open: adapt the decoder's linear layers, train the marker's embedding row or the head."""
+    """Fill in unset fields: adapt the decoder's linear layers, and train the marker's embedding row or the head."""
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
         peft_config.target_modules = decoder_linears(model)
@@ -49,7 +49,7 @@ def adapted(
     """
     Put an adapter onto a model, see [`fill_peft_config`].
 
-    PEFT would save the whole embedding, frozen as it is, where the marker made the vocabulary longer.
+    PEFT would save the whole embedding, although frozen, if the marker has enlarged the vocabulary.
     """
     peft_config = fill_peft_config(peft_config, model, marker_id, reward_head)
     model = get_peft_model(model, peft_config, revision=revision)
@@ -62,11 +62,11 @@ def read_adapter(folder: Path) -> PeftConfig:
     """
     Read the settings of an adapter, ready to be put onto its base.
 
-    The modules that it adapts are those that its weights name: a `target_modules` expression from elsewhere is never
-    run, as one that backtracks would not end.
+    The adapted modules are read off the names of its weights: a foreign `target_modules` expression is never run, since
+    catastrophic backtracking would never end.
 
     Raises:
-        `ValueError`: the folder is no adapter that PEFT knows, names no base, or has pickled weights alone.
+        `ValueError`: the folder is not an adapter that PEFT knows, names no base, or has pickled weights only.
     """
     path = folder / CONFIG_NAME
     try:
@@ -97,10 +97,10 @@ def read_adapter(folder: Path) -> PeftConfig:
 
 def base_of_adapter(peft_config: PeftConfig, adapter: str, base_model: str | None = None) -> str:
     """
-    The base to load: `base_model`, or what the adapter names.
+    The base to load: `base_model`, or else the base that the adapter names.
 
     Raises:
-        `ValueError`: it names none, or a folder that is not here.
+        `ValueError`: the adapter names no base, or a folder that does not exist.
     """
     base = base_model or peft_config.base_model_name_or_path
     do = "name the base, or the folder that it is in (base_model; --base-model)"
@@ -115,8 +115,8 @@ def train_marker_in_place(model: PeftModel) -> None:
     """
     Put the trained row of the marker into the embedded text.
 
-    PEFT copies the whole embedding in every forward and takes a gradient of all of it, to train one row: for
-    Qwen2.5-VL-7B in bfloat16, 1.1 GB each time. What is computed, trained and saved is the same.
+    To train one row, PEFT copies the whole embedding in every forward pass and computes a gradient for all of it: for
+    Qwen2.5-VL-7B in bfloat16, 1.1 GB each time. The results, the trained row and the saved file are the same here.
     """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer) and isinstance(module.base_layer, torch.nn.Embedding):

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 
-# What stands between vision encoder and decoder is trained, as in the paper. Most architectures keep it outside the
+# The projector between vision encoder and decoder is trained, as in the paper. Most architectures keep it outside the
 # encoder (`multi_modal_projector`, `connector`); the Qwen-VL families and their kin keep it inside, under these names.
 PROJECTORS_IN_ENCODER = re.compile(r"(merger|deepstack_merger_list)\b")
 
@@ -26,17 +26,17 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def decoder_name(model: PreTrainedModel) -> str:
-    """Full name of the text decoder, as `model.language_model` or, text-only, `model`."""
+    """Full name of the text decoder, e.g. `model.language_model` or, in a text-only model, `model`."""
     decoder = model.get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder)
 
 
 def modules_beside_decoder(model: PreTrainedModel) -> list[str]:
     """
-    Full names of the outermost modules that neither hold the text decoder nor stand in it.
+    Full names of the outermost modules that neither contain the text decoder nor lie inside it.
 
-    A list given to bitsandbytes replaces its defaults and is matched on full names: `["vision_tower"]` would leave the
-    vision tower in 4 bit, and quantise the LM head too.
+    A list given to bitsandbytes replaces its defaults and is matched on full names: `["vision_tower"]` would quantise
+    the vision tower all the same, and the LM head too.
     """
     decoder = decoder_name(model)
     around = {decoder.rsplit(".", depth)[0] for depth in range(decoder.count(".") + 1)}

@@ -1,4 +1,4 @@
-"""Classification heads on a text decoder."""
+"""Load and read classification heads on a text decoder."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .loading import check_safetensors, remote_code_refused
 
 class StepClassifier(torch.nn.Module):
     """
-    A text decoder with a classification head, called as a causal language model is.
+    A text decoder with a classification head, called like a causal language model.
 
     Args:
         decoder ([`~transformers.PreTrainedModel`]):
@@ -53,7 +53,7 @@ def load_step_classifier(folder: str, head: str, **model_init_kwargs: Any) -> St
     `score.2.weight`, as in Qwen2.5-Math-PRM). The class in the checkpoint's own remote code is not needed.
 
     Raises:
-        `ValueError`: the safetensors of the folder hold no such head, or one of more than two outputs.
+        `ValueError`: the folder's safetensors files hold no such head, or one of more than two outputs.
     """
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **model_init_kwargs}
     check_safetensors(Path(folder))
@@ -77,7 +77,7 @@ def load_step_classifier(folder: str, head: str, **model_init_kwargs: Any) -> St
 
 
 def check_classifier(model: torch.nn.Module) -> None:
-    """Raise `ValueError` where a model has no head of two labels."""
+    """Raise `ValueError` if a model has no head of two labels."""
     base = base_of(model)
     if not is_token_classifier(model) or base.config.num_labels != 2:
         raise ValueError(
@@ -91,7 +91,7 @@ def is_token_classifier(model: torch.nn.Module) -> bool:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Switch the dropout of a model off, as TRL's `PRMTrainer` did."""
+    """Switch off the dropout of a model, as TRL's `PRMTrainer` did."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -99,10 +99,10 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 def classifier_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], markers: torch.Tensor) -> torch.Tensor:
     """
-    Logits `(markers.sum(), 2)` of a token classifier at the marked positions, through whatever wraps the model.
+    Logits `(markers.sum(), 2)` of a token classifier at the marked positions, through any wrapper of the model.
 
-    `GenericForTokenClassification.forward` (transformers/modeling_layers.py) has no `logits_to_keep`: it hands all
-    hidden states to `self.score`, in front of which those of the markers are picked. Other classes are read in full.
+    `GenericForTokenClassification.forward` (transformers/modeling_layers.py) has no `logits_to_keep`: it passes all
+    hidden states to `self.score`, so a hook picks those of the markers. Other classes compute all logits.
     """
     generic = (module for module in model.modules() if isinstance(module, GenericForTokenClassification))
     classifier = next(generic, None)

@@ -1,13 +1,13 @@
 """
 Encode a picture once, however often a batch shows it.
 
-Four rollouts of one question in a batch show one picture four times. The vision encoder gets it once; its output is
-handed to all four:
+Four rollouts of one question in a batch show one picture four times. The vision encoder sees it once, and all four
+rollouts get its output:
 
     pictures      A A A A B      encoded    A B      handed out    A A A A B
 
-A picture is a row of `pixel_values`, or, where the encoder is told a grid for each picture (the Qwen-VL families), the
-patches of one grid. With `share_prefix` the encoder is called once for each question of the batch:
+A picture is a row of `pixel_values` or, where the encoder takes one grid per picture (the Qwen-VL families), the patches
+of one grid. With `share_prefix` the encoder is called once per question of the batch:
 
     first call    A B    encoded    A B      second call    A C    encoded    C      handed out    A C
 """
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 
 class _Encoded(NamedTuple):
-    """Distinct pictures, their numbers of rows, and what the encoder returned for all of them."""
+    """Distinct pictures, their numbers of rows, and the encoder's output for all of them."""
 
     pictures: list[tuple[torch.Tensor, ...]]
     sizes: list[int]
@@ -30,7 +30,7 @@ class _Encoded(NamedTuple):
 
 
 def encode_distinct_images(model: PreTrainedModel) -> None:
-    """Let the vision encoder of `model` encode equal pictures of a batch once."""
+    """Make the vision encoder of `model` encode equal pictures of a batch only once."""
     encoder = model.get_encoder("image")
     if not isinstance(encoder.forward, functools.partial):
         once = functools.partial(_forward_distinct, encoder.forward)
@@ -39,7 +39,7 @@ def encode_distinct_images(model: PreTrainedModel) -> None:
 
 @contextmanager
 def encoded_once(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a picture that one call of the encoder has seen is not encoded by the next ([`encode_distinct_images`])."""
+    """Inside this context, later calls of the encoder reuse pictures of earlier ones ([`encode_distinct_images`])."""
     encoder = model.get_encoder("image")
     once = encoder.forward
     encoder.forward = functools.update_wrapper(functools.partial(once, seen={}), once)
@@ -58,7 +58,7 @@ def _forward_distinct(
     if len(args) > 1 or pixels.ndim < 2:
         return forward(*args, **kwargs)
     sizes = [1] * len(pixels) if grid is None else grid.prod(-1).tolist()
-    # What else has a row a picture, as a mask of patches.
+    # Other arguments with one row per picture, such as a mask of patches.
     aligned = {
         key: value for key, value in others.items() if isinstance(value, torch.Tensor) and len(value) == len(sizes)
     }
@@ -79,13 +79,13 @@ def _forward_distinct(
     sizes = before.sizes + [sizes[index] for index in new]
     if seen is not None:
         seen[shape] = _Encoded(before.pictures + [parts[index] for index in new], sizes, output)
-    whole = seen is None and len(new) == len(parts)  # what is kept is not handed out: models write into it
+    whole = seen is None and len(new) == len(parts)  # the kept output is never handed out, because models write into it
     return output if whole else _spread(output, sizes, place)
 
 
 def _places(parts: list[tuple[torch.Tensor, ...]]) -> tuple[list[int], list[int]]:
-    """For each part the number of its distinct one, and for each distinct one where it stands first."""
-    sums = torch.stack([part[0].double().sum() for part in parts]).tolist()  # one wait for the device
+    """For each part the index of its distinct value, and for each distinct value the place of its first part."""
+    sums = torch.stack([part[0].double().sum() for part in parts]).tolist()  # synchronises with the device once
     place, first = [], []
     for index, part in enumerate(parts):
         same = (
@@ -100,7 +100,7 @@ def _places(parts: list[tuple[torch.Tensor, ...]]) -> tuple[list[int], list[int]
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """What the encoder would have returned in one call for the pictures of two."""
+    """Join the outputs of two calls into what the encoder would have returned for all the pictures at once."""
     if isinstance(first, torch.Tensor):
         return torch.cat([first, second])
     if isinstance(first, dict):
@@ -111,7 +111,7 @@ def _joined(first: Any, second: Any) -> Any:
 
 
 def _spread(output: Any, sizes: Sequence[int], place: list[int]) -> Any:
-    """Repeat the rows of each distinct picture in everything that the encoder returned."""
+    """Repeat the rows of each distinct picture throughout the encoder's output."""
     if isinstance(output, torch.Tensor):
         shrink = sum(sizes) // len(output)  # an encoder may merge patches
         rows = output.split([size // shrink for size in sizes])

@@ -1,7 +1,7 @@
 """
 Convert OpenGVLab's remote-code `internvl_chat` checkpoints (VisualPRM-8B, InternVL2.5-8B) to the native InternVL class.
 
-Names, fused projections, configuration and tokenizer change; no remote code runs and no pickle is opened:
+The conversion changes names, fused projections, configuration and tokenizer; no remote code runs, no pickle is opened:
 
     language_model.model.layers.0.attention.wqkv.weight   [(q q k v) (q q k v) ...]   InternLM2
     -> model.language_model.layers.0.self_attn.q_proj.weight, .k_proj.weight, .v_proj.weight   Llama
@@ -89,8 +89,8 @@ def convert_internvl_chat(
     """
     Write the checkpoint into `output` as `InternVLForConditionalGeneration` with its processor.
 
-    The folder appears when it is whole. It loads with `AutoModelForImageTextToText` and `AutoProcessor`, offline and
-    without remote code, and with [`ProcessRewardModel`] where the format is known by the Hub id. Tensors keep their
+    The folder appears only when it is complete. It loads with `AutoModelForImageTextToText` and `AutoProcessor`, offline
+    and without remote code, and with [`ProcessRewardModel`] if the Hub id tells the format. Tensors keep their
     precision; the conversion holds them all in memory (16 GB for 8B in bfloat16).
 
     Args:
@@ -100,7 +100,7 @@ def convert_internvl_chat(
             Folder to write; it must not exist.
         tokenizer (`str`, *optional*):
             Folder or Hub id of a native tokenizer with the same ids. Defaults to the checkpoint's own: a Qwen2 tokenizer
-            as it is, the sentencepiece model of InternLM2 converted.
+            unchanged, the sentencepiece model of InternLM2 converted.
 
     Returns:
         `dict[str, Any]`: the text decoder's class (`text`), the `tensors` and `parameters` written, `image_tokens`
@@ -169,7 +169,7 @@ def _local(checkpoint: str | os.PathLike) -> Path:
 
 
 def _check_layout(chat: dict[str, Any], folder: Path) -> str:
-    """Return the class of the text decoder. Raises `ValueError` where the native class would compute something else."""
+    """Return the class of the text decoder. Raises `ValueError` if the native class would compute something else."""
     if chat.get("model_type") != "internvl_chat":
         raise ValueError(f"{folder} has model_type {chat.get('model_type')!r}, expected internvl_chat")
     llm = chat.get("llm_config") or {}
@@ -252,7 +252,7 @@ def _native_processor(chat: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
-    """The open file of every tensor, by the tensor's name."""
+    """Map the name of every tensor to the open file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(read_json(index)["weight_map"].values()))
@@ -279,7 +279,7 @@ def _tied(chat: dict[str, Any], tensors: dict[str, safe_open]) -> bool:
 
 def _source(name: str, text: str) -> tuple[str, str | None]:
     """
-    Name in the checkpoint of a native parameter, and which part of a fused tensor it is.
+    The name of a native parameter in the checkpoint, and which part of a fused tensor it is.
 
     Examples:
     ```python
@@ -303,7 +303,7 @@ def _source(name: str, text: str) -> tuple[str, str | None]:
 
 def _split(fused: torch.Tensor, part: str, groups: int, head_dim: int) -> torch.Tensor:
     """
-    One part of a fused projection: for each of `groups` key-value heads its query heads, its key, its value.
+    Take one part of a fused projection, which holds for each of `groups` key-value heads its query heads, key and value.
 
     Examples:
     ```python
@@ -323,7 +323,7 @@ def _split(fused: torch.Tensor, part: str, groups: int, head_dim: int) -> torch.
 def _state_dict(
     model: InternVLForConditionalGeneration, tensors: dict[str, safe_open], text: str, folder: Path
 ) -> dict[str, torch.Tensor]:
-    """Native parameters read from the checkpoint. Raises `ValueError` naming tensors too few, too many or misshapen."""
+    """Read the native parameters from the checkpoint. Raises `ValueError` naming missing, extra or misshapen tensors."""
     expected = model.state_dict()
     if model.config.text_config.tie_word_embeddings:
         del expected["lm_head.weight"]

@@ -20,7 +20,7 @@ IMAGE_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",  # the native processor wants one; the checkpoints have none, it stands behind their rows
+    "video_token": "<video>",  # the native processor requires one; the checkpoints have none, so its id lies beyond their rows
 }
 
 HINT = "pass a native tokenizer with the same ids (--tokenizer)"
@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path, text: str, replacement: str | os.PathLike | Non
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raise `ValueError` where a token that every prompt needs has no row in the checkpoint."""
+    """Raise `ValueError` if a token that every prompt needs has no row in the checkpoint."""
     known = tokenizer.get_vocab()
     wrong = [token for token in PROMPT_TOKENS if known.get(token, rows) >= rows]
     if wrong:
@@ -65,8 +65,8 @@ def _internlm2_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     The sentencepiece BPE model `tokenizer.model` and the tokens added to it, as a fast tokenizer with the same ids.
 
-    Tokens that were added in the place of a piece (`<|im_start|>` is `[UNUSED_TOKEN_146]` in `tokenizer.model`) take
-    that piece's id. Raises `ValueError` where the model uses what a fast tokenizer would do differently.
+    Tokens that were added in place of a piece (`<|im_start|>` is `[UNUSED_TOKEN_146]` in `tokenizer.model`) take that
+    piece's id. Raises `ValueError` if the model has a feature that a fast tokenizer would handle differently.
     """
     path = folder / "tokenizer.model"
     proto = _sentencepiece_model(path)
@@ -146,7 +146,7 @@ def _sentencepiece_model(path: Path) -> Any:
 
 
 def _write_spaces_as_underscores(tokenizer: Tokenizer, dummy_prefix: bool) -> None:
-    """As sentencepiece does, with one before the text where it adds a dummy prefix."""
+    """Replace spaces as sentencepiece does, with one before the text if it adds a dummy prefix."""
     prefix = [normalizers.Prepend("▁")] if dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

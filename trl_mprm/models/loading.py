@@ -1,8 +1,8 @@
 """
-Load a model with its processor, give it the marker, freeze and quantise the right parts.
+Load a model and its processor, add the marker, freeze and quantise the right parts.
 
-Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`: transformers itself says where the text decoder
-(`get_decoder`) and the vision encoder (`get_encoder("image")`) of an architecture are.
+Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`, because transformers tells where the text
+decoder (`get_decoder`) and the vision encoder (`get_encoder("image")`) of an architecture are.
 """
 
 import copy
@@ -47,15 +47,15 @@ def load_model(
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
     """
-    Load a vision-language or text-only model by Hub id or folder; never with remote code unless asked.
+    Load a vision-language or text-only model by Hub id or folder, without remote code unless asked.
 
     Args:
         model_id (`str`):
             Hub id or local folder.
         quantization_config (`BitsAndBytesConfig`, *optional*):
-            Quantise the text decoder, and nothing else: not the vision encoder, the projector or the LM head.
+            Quantises only the text decoder: not the vision encoder, the projector or the LM head.
         reward_head (`str`, *optional*, defaults to `"lm"`):
-            `"classification"` loads a text-only model with a head of two labels, new where it has none.
+            `"classification"` loads a text-only model with a head of two labels, a new one if it has none.
         model_init_kwargs:
             Passed to `from_pretrained`; `dtype` is float32 by default, as in TRL.
     """
@@ -87,14 +87,14 @@ def load_model(
 
 
 def shared_load_kwargs(model_init_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments that config and processor share with the weights; remote code is refused, never asked for."""
+    """The keyword arguments that config and processor share with the weights; refuses remote code unless asked for it."""
     shared = {key: model_init_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_init_kwargs}
     return {"trust_remote_code": False, **shared}
 
 
 @contextmanager
 def remote_code_refused(model_id: str) -> Iterator[None]:
-    """Say what to do where a model comes with code of its own. Without `trust_remote_code` transformers asks for a `y`."""
+    """Say what to do about a model with its own code; left unset, `trust_remote_code` makes transformers ask for a `y`."""
     try:
         yield
     except ValueError as error:
@@ -108,7 +108,7 @@ def remote_code_refused(model_id: str) -> Iterator[None]:
 
 
 def check_safetensors(folder: Path) -> None:
-    """Raise `ValueError` for the first *.safetensors file in a local folder that is no whole one."""
+    """Raise `ValueError` for the first incomplete *.safetensors file in a local folder."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -129,7 +129,7 @@ def load_processing_class(model_id: str, vision: bool, **kwargs: Any) -> Process
     kwargs = {"trust_remote_code": False, **kwargs}
     with remote_code_refused(model_id):
         processor = (AutoProcessor if vision else AutoTokenizer).from_pretrained(model_id, **kwargs)
-    # AutoProcessor returns a bare tokenizer, without a word, where it does not know the processor class.
+    # AutoProcessor silently returns a bare tokenizer if it does not know the processor class.
     if vision and not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"expected a processor for images and text in {model_id}, got {type(processor).__name__}: "
@@ -139,7 +139,7 @@ def load_processing_class(model_id: str, vision: bool, **kwargs: Any) -> Process
 
 
 def check_processing_class(model: torch.nn.Module, processing_class: ProcessingClass) -> None:
-    """Raise `ValueError` unless a model that reads images has its own processor, and one that does not a tokenizer."""
+    """Raise `ValueError` unless a vision-language model comes with its own processor, and a text-only one a tokenizer."""
     name, got = type(base_of(model)).__name__, type(processing_class).__name__
     if not is_vision_language(model.config):
         if isinstance(processing_class, ProcessorMixin):
@@ -154,7 +154,7 @@ def check_processing_class(model: torch.nn.Module, processing_class: ProcessingC
             "(AutoProcessor.from_pretrained), or leave it out"
         )
     token = getattr(model.config, "image_token_id", None)
-    if token is None or processing_class.chat_template is None:  # cross attention; rows without images only
+    if token is None or processing_class.chat_template is None:  # cross attention, or rows without images only
         return
     (written,), _ = render_prefixes([{"images": [Image.new("RGB", (64, 64))], "prompt": "?"}], processing_class)
     if token not in written["input_ids"]:
@@ -165,7 +165,7 @@ def check_processing_class(model: torch.nn.Module, processing_class: ProcessingC
 
 
 def check_template(processing_class: ProcessingClass) -> None:
-    """Raise `ValueError` where the chat template cannot be rendered, or leaves the question out."""
+    """Raise `ValueError` if the chat template cannot be rendered, or leaves out the question."""
     question = "How many of the 7 tiles are red?"
     try:
         text = render_prefix_text({"prompt": question}, processing_class)
@@ -185,7 +185,7 @@ def keep_4bit_gradients_on_cpu(model: torch.nn.Module) -> None:
     """
     Keep bitsandbytes >= 0.49 from repacking 4-bit weights on the first `eval()` on a CPU with AVX512-BF16.
 
-    The repacked layer has no autograd: every later gradient is wrong, or raises where the layer has a bias.
+    The repacked layer has no autograd: every later gradient is wrong, or raises an error if the layer has a bias.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -193,13 +193,13 @@ def keep_4bit_gradients_on_cpu(model: torch.nn.Module) -> None:
 
 
 def add_marker(model: PreTrainedModel, processing_class: ProcessingClass, step_format: StepFormat) -> None:
-    """Add the marker to tokenizer and embeddings where it is missing; its row starts as the mean of the others."""
+    """Add the marker to tokenizer and embeddings if it is missing; its row starts as the mean of the others."""
     tokenizer = tokenizer_of(processing_class)
     known = tokenizer.get_vocab()
     rows = model.get_input_embeddings().weight.shape[0]
     if step_format.marker not in known:
         tokenizer.add_tokens([step_format.marker], special_tokens=True)
-    # Many checkpoints have spare rows (Qwen2.5-VL: 152,064 for 151,665 tokens); then nothing is resized.
+    # Many checkpoints have spare rows (Qwen2.5-VL: 152,064 for 151,665 tokens) and need no resizing.
     short = len(tokenizer) > rows
     if short:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,6 +1,6 @@
 """
-Warnings of the libraries underneath that tell a user nothing, as nothing can be done about them. Each is named by its
-text, and stays silent in this process once training or scoring is imported.
+Silence warnings of the underlying libraries about which a user can do nothing. Each is matched by its text, and stays
+silent in this process once training or scoring is imported.
 """
 
 import logging
@@ -21,7 +21,7 @@ def quiet_upstream() -> None:
     """Silence the warnings above."""
     for message in FUTURE:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-    # bitsandbytes/backends/cpu/ops.py: a kernel that it would download, on CPUs with AVX512-BF16, and does not need.
+    # bitsandbytes/backends/cpu/ops.py: an optional kernel that it would download on CPUs with AVX512-BF16.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
     )

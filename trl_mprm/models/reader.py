@@ -1,11 +1,11 @@
 """
-The one way in which the reward of a step is read off a model, in training and in scoring.
+Read the rewards of steps off a model; training and scoring both do so through this module.
 
     rendered batch          {"input_ids": (rows, tokens), images, "markers": (rows, tokens)}
     rows of one question    {"prefix": {"input_ids": (1, P), images}, "input_ids": (rows, R), "markers": (rows, R)}
     logits                  (steps, tokens read): of "Yes", of "No", of the marker itself
 
-Training is a loss of these logits, a score the sigmoid of the first minus the second.
+Training applies a loss to these logits; a score is the sigmoid of the first minus the second.
 """
 
 import math
@@ -28,13 +28,13 @@ from .shared_prefix import run_prefix
 
 class StepReader:
     """
-    Reads one row of logits per step. It holds no weights: what is saved, adapted or sharded is the model alone.
+    Reads one row of logits per step. It holds no weights, so that only the model is saved, adapted or sharded.
 
     Args:
         step_format ([`StepFormat`]):
-            Says which token ends a step, which tokens tell good from bad, and whether a classification head does.
+            Says which token ends a step, and whether the logits of two tokens or a classification head judge it.
         tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer, which knows the marker.
+            The model's tokenizer, which must know the marker.
 
     Examples:
     ```python
@@ -63,22 +63,23 @@ class StepReader:
 
     def read(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """
-        Logits of the reward tokens, then of the marker, at each marked position; the head sees no other position.
+        Compute the logits of the reward tokens and of the marker at the marked positions, and at no others.
 
         Args:
             model (`torch.nn.Module`):
                 Model, possibly wrapped (PEFT, DDP, FSDP).
             inputs (`dict`):
-                On the device of the model, one of: what `forward` takes, with `markers`, a bool mask `(rows, tokens)`;
-                the same of what follows a `prefix` (see [`~shared_prefix.prefix_inputs`]); or several of both, as
-                `{"plain": ..., "groups": [...]}`, whose pictures are encoded once.
+                Tensors on the device of the model, in one of three forms: the arguments of `forward` and `markers`, a
+                bool mask `(rows, tokens)`; the same for the tokens after a `prefix` (see
+                [`~shared_prefix.prefix_inputs`]); or several of both, as `{"plain": ..., "groups": [...]}`, whose
+                pictures are encoded once.
 
         Returns:
             `torch.Tensor`: float32, shape `(markers.sum(), 3)`, in row order; `(markers.sum(), 2)` with a
             classification head.
 
         Raises:
-            `ValueError`: the model computes the logits of all positions all the same.
+            `ValueError`: the model ignores the request and computes the logits of all positions.
         """
         if "groups" in inputs:
             plain = [inputs["plain"]] if "plain" in inputs else []
@@ -103,13 +104,13 @@ class StepReader:
 def batch_inputs(
     rendered: Sequence[Rendered], image_tensors: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, torch.Tensor]:
-    """What [`StepReader.read`] takes of rendered rows: tokens padded on the right, images, and the `markers`."""
+    """Turn rendered rows into inputs of [`StepReader.read`]: right-padded tokens, images, and the `markers`."""
     tokens, markers = pad_batch(rendered, tokenizer)
     return {**image_tensors, **tokens, "markers": markers}
 
 
 def good_minus_bad(logits: torch.Tensor) -> torch.Tensor:
-    """Logit of P(step good): that of the first reward token minus that of the second, shape `(steps,)`."""
+    """Logit of P(step good), the first reward token's logit minus the second's, shape `(steps,)`."""
     return logits[:, 0] - logits[:, 1]
 
 
@@ -120,7 +121,7 @@ CONCENTRATION_FLOOR = 1e-3
 
 def concentration(logits: torch.Tensor) -> torch.Tensor:
     """
-    How sure a model trained with `beta_binomial` is of its mean, in continuations: 4 at logit 0, above 0 always.
+    How sure a model trained with `beta_binomial` is of its mean, in continuations: always above 0, and 4 at logit 0.
 
     Examples:
     ```python

@@ -1,8 +1,8 @@
 """
-Run what solutions of one question share only once, in scoring and in training.
+Run the shared beginning of a question's solutions only once, in scoring and in training.
 
-Sixteen solutions of one question begin alike: picture, question, and all that stands around them. The plain way runs
-that prefix sixteen times. Here it runs once; then all solutions run side by side, each seeing the prefix and itself:
+Sixteen solutions of one question begin alike, with the picture, the question and the template around them. The plain way
+runs that prefix sixteen times. Here it runs once; then all solutions run side by side, each seeing the prefix and itself:
 
     prefix     [picture][question]                          P tokens, once
     solutions                     [A and C.<prm> So 2.<prm>]    R tokens each,
@@ -24,7 +24,7 @@ from ..prompting.tokens import Rendered
 
 
 class _Written(DynamicLayer):
-    """Takes the keys and values of a prefix in one layer. Written twice it is the same, as checkpointing needs."""
+    """Stores the keys and values of a prefix in one layer. Storing them twice does no harm, as checkpointing requires."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -35,7 +35,7 @@ class _Written(DynamicLayer):
 
 
 class _Read(DynamicLayer):
-    """Hands the keys and values of a prefix to many rows, and keeps nothing of theirs."""
+    """Provides the keys and values of a prefix to many rows, and stores none of theirs."""
 
     def __init__(self, written: _Written):
         super().__init__()
@@ -51,14 +51,14 @@ class _Read(DynamicLayer):
 
 
 def can_share_prefix(model: torch.nn.Module) -> bool:
-    """Whether every layer keeps its past as keys and values (linear attention does not)."""
+    """Whether every layer caches the past as keys and values (linear attention does not)."""
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def shared_length(rows: Sequence[Rendered]) -> int:
     """
-    Tokens that all rows begin with, and in which no step is read.
+    Length of the prefix that all rows share, up to where the first step is read.
 
     Examples:
     ```python
@@ -75,16 +75,16 @@ def shared_length(rows: Sequence[Rendered]) -> int:
 
 
 def prefix_inputs(row: Rendered, length: int, image_tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What [`run_prefix`] takes: the first `length` tokens of a row, and its images."""
+    """Inputs of [`run_prefix`]: the first `length` tokens of a row, and its images."""
     tokens = {"input_ids": row.input_ids, **row.token_types}
     return {**image_tensors, **{name: torch.tensor([values[:length]]) for name, values in tokens.items()}}
 
 
 def suffix_inputs(rows: Sequence[Rendered], length: int) -> dict[str, torch.Tensor]:
     """
-    The `input_ids` after the first `length` tokens, and `markers`, the positions that are read: `(rows, tokens)` both.
+    The `input_ids` after the first `length` tokens, and `markers`, the positions to read, both `(rows, tokens)`.
 
-    Padding stands on the right, where causal attention never looks: no attention mask is needed.
+    Padding is on the right, where causal attention never looks, so no attention mask is needed.
     """
     longest = max(len(row.input_ids) for row in rows) - length
     tokens = torch.tensor([(row.input_ids + row.input_ids[-1:] * longest)[length : length + longest] for row in rows])
@@ -96,7 +96,7 @@ def suffix_inputs(rows: Sequence[Rendered], length: int) -> dict[str, torch.Tens
 
 def run_prefix(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Cache:
     """
-    Run a prefix, and return what its continuations see of it: `past_key_values` of a forward over their tokens.
+    Run a prefix, and return its `past_key_values` for a forward pass over its continuations.
 
     Args:
         model (`torch.nn.Module`):
@@ -105,9 +105,9 @@ def run_prefix(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Cache
             From [`prefix_inputs`], on the device of the model.
     """
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # both kinds of layer can be run again by checkpointing
+        if isinstance(module, GradientCheckpointingLayer):  # checkpointing may run layers with either cache again
             module._can_checkpoint_with_cache = True
-        # Qwen-VL models keep the offset of their last image's positions; a prefix without image would inherit it.
+        # Qwen-VL models keep the position offset of their last image, and a prefix without images would inherit it.
         if "rope_deltas" in vars(module):
             module.rope_deltas = None
     written = [_Written() for _ in DynamicCache(config=model.config).layers]

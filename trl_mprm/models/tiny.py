@@ -1,9 +1,9 @@
 """
-Tiny random models with their real processor classes, built in code: no hub, no download, a fraction of a second.
+Build tiny random models with their real processor classes in a fraction of a second, without the Hub.
 
     tiny_model("internvl", folder)      0.2M random weights and an InternVLProcessor, saved in `folder`
 
-For `trl-mprm train --smoke` and the tests.
+They serve `trl-mprm train --smoke` and the tests.
 """
 
 from pathlib import Path
@@ -65,7 +65,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 
 
 def chat_template(image: str) -> str:
-    """A Qwen-style template for string contents and for lists of parts."""
+    """A Qwen-style chat template that accepts contents as strings and as lists of parts."""
     return (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
         "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -75,7 +75,7 @@ def chat_template(image: str) -> str:
 
 
 def tiny_tokenizer(architecture: str, **special: str) -> PreTrainedTokenizerFast:
-    """Byte-level, with "Yes" and "No" as one token each."""
+    """A byte-level tokenizer with "Yes" and "No" as one token each."""
     vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -138,7 +138,7 @@ def _qwen2_5_vl():
     )
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "fullatt_block_indexes": [1]}
-    ends = {"bos_token_id": None, "eos_token_id": None}  # the defaults lie beyond this vocabulary
+    ends = {"bos_token_id": None, "eos_token_id": None}  # the default ids lie beyond this vocabulary
     config = Qwen2_5_VLConfig(
         text_config={**TEXT, **ends, "vocab_size": len(tokenizer), "rope_parameters": rope},
         vision_config={**vision, "out_hidden_size": 64, "window_size": 56, **_patches(14)},
@@ -247,7 +247,7 @@ def _gemma3():
         image_seq_length=4,
         chat_template=tokenizer.chat_template,
     )
-    # A window shorter than the prefix, so that the layers which slide do slide.
+    # A window shorter than the prefix, so that sliding-window layers do slide.
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
     config = Gemma3Config(
         text_config={**TEXT, **layers, "vocab_size": len(tokenizer)},

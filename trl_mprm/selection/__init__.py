@@ -1,4 +1,4 @@
-"""Which rollouts are kept: rules, the exact threshold, passes over files, outputs with their evidence."""
+"""Decide which rollouts are kept: rules, the exact threshold, passes over files, outputs with their evidence."""
 
 from importlib import import_module
 
@@ -17,7 +17,7 @@ __all__ = list(_NAMES)
 
 
 def __getattr__(name: str) -> object:
-    """Imported when first used: selecting from files loads neither torch nor `datasets`."""
+    """Import a name on first use, so that selecting from files loads neither torch nor `datasets`."""
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_NAMES[name]}", __name__), name)

@@ -1,5 +1,5 @@
 """
-The Balanced-Information Score (BIS) of one rollout, in the words of the paper (arXiv 2602.04145, section 3).
+The Balanced-Information Score (BIS) of a rollout, in the paper's notation (arXiv 2602.04145, section 3).
 
     y_t    1 if the Monte Carlo score s_t > 0, else 0
     p_pos  (1/n) sum of y_t                               share of positive steps
@@ -18,7 +18,7 @@ import pyarrow as pa
 from ..data.rows import measured as is_measured
 
 
-# Part of the fingerprint of `map(add_bis)`: raise it whenever a score changes, or old caches will be served.
+# Part of the fingerprint of `map(add_bis)`: raise it whenever the computed scores change, or stale caches are used.
 BIS_VERSION = "3"
 
 # The paper pairs 0.2 with the top 10% and 0.05 with the top 25%; in our study alpha decides at 10% (77.2 F1 for 0.2, 57.4
@@ -36,11 +36,11 @@ def balanced_information(scores: np.ndarray, offsets: np.ndarray, alpha: float =
         offsets (`np.ndarray`, int64):
             Rollout `i` owns `scores[offsets[i]:offsets[i + 1]]`.
         alpha (`float`, *optional*, defaults to `0.2`):
-            The paper's alpha, at least 0. The paper takes 0.05 for the top 25% and 0.2 for the top 10%.
+            The paper's alpha, at least 0. The paper uses 0.05 for the top 25% and 0.2 for the top 10%.
 
     Returns:
         `dict` of arrays with one entry per rollout: `bis`, `bis_p_pos`, `bis_reliability` (NaN where the rollout has no
-        measured step, or a score that is no number in [0, 1]), `bis_n_steps` (measured steps, the paper's n), and
+        measured step, or a score that is not a number in [0, 1]), `bis_n_steps` (measured steps, the paper's n), and
         `n_pos`, `mc_sum` (positive steps and sum of scores).
 
     Examples:
@@ -61,7 +61,7 @@ def balanced_information(scores: np.ndarray, offsets: np.ndarray, alpha: float =
 
 def step_sums(scores: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """
-    The three numbers of each rollout that every rule needs, and whether it can be scored at all.
+    Compute for each rollout the three numbers that every rule needs, and whether it can be scored at all.
 
     Examples:
     ```python
@@ -78,15 +78,15 @@ def step_sums(scores: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.n
     broken = np.bincount(rollout[~in_range], minlength=n_steps.size)
     positive = in_range & (scores > 0)
     n_pos = np.bincount(rollout[positive], minlength=n_steps.size)
-    # bincount adds in step order, as the paper's loop does: the same sum to the last bit. Zeros and unmeasured steps
-    # do not change it, so it is also the sum over all steps.
+    # bincount adds in step order, as the paper's loop does, so the sums agree to the last bit. Zeros and unmeasured
+    # steps do not change a sum, so it is also the sum over all steps.
     mc_sum = np.bincount(rollout[positive], weights=scores[positive], minlength=n_steps.size)
     return n_steps, n_pos, mc_sum, (n_steps > 0) & (broken == 0)
 
 
 def score_of_sums(n_steps: np.ndarray, n_pos: np.ndarray, mc_sum: np.ndarray, alpha: float) -> dict[str, np.ndarray]:
     """
-    The formula of the paper, for rollouts with `n_steps` measured steps, of them `n_pos` with a score above 0.
+    The paper's formula for rollouts with `n_steps` measured steps, `n_pos` of which have a score above 0.
 
     Examples:
     ```python
@@ -114,7 +114,7 @@ def step_scores(batch: pa.Table | Mapping) -> tuple[np.ndarray, np.ndarray]:
     The measured scores of a batch of rollouts as `(scores, offsets)`, from `mc_scores` or raw `steps_with_score`.
 
     A null in `mc_scores`, or `num_mc_total` 0 in a raw step, means "not measured": the step is left out. Anything
-    else that is no number (a quoted score, a bool, a raw step without score) becomes NaN, which makes its rollout
+    else that is not a number (a quoted score, a bool, a raw step without score) becomes NaN, which makes its rollout
     invalid.
     """
     names = batch.column_names if isinstance(batch, pa.Table) else batch
@@ -140,12 +140,12 @@ def _plain_scores(steps: list) -> list[float]:
 
 
 def _raw_scores(steps: list[dict]) -> list[float]:
-    steps = [step if isinstance(step, dict) else {} for step in steps]  # {}: a step without a score is broken
+    steps = [step if isinstance(step, dict) else {} for step in steps]  # {}: a step without a score is invalid
     return [_number(step.get("score")) for step in steps if is_measured(step.get("num_mc_total"))]
 
 
 def _scores_from_arrow(column: pa.ChunkedArray, raw: bool) -> tuple[np.ndarray, np.ndarray]:
-    import pyarrow.compute as pc  # a tenth of a second: a selection from files has no use for it
+    import pyarrow.compute as pc  # takes a tenth of a second, and a selection from files does without it
 
     if pa.types.is_null(column.type):  # no row has any
         column = column.cast(pa.list_(pa.float64()))
@@ -176,17 +176,17 @@ def _scores_from_arrow(column: pa.ChunkedArray, raw: bool) -> tuple[np.ndarray, 
 @dataclass(frozen=True)
 class _AddBIS:
     """
-    Add the Balanced-Information Score of a rollout: columns `bis`, `bis_p_pos`, `bis_reliability` and `bis_n_steps`.
+    Add the Balanced-Information Score of a rollout as columns `bis`, `bis_p_pos`, `bis_reliability`, `bis_n_steps`.
 
     Works as `map(add_bis)`, `map(add_bis, batched=True)`, on `with_format("arrow")`, and on an `IterableDataset`, with
-    equal results; other formats (numpy, torch, pandas, polars) are refused, `with_format(None)` helps. Reads `mc_scores` (null: step not measured) or raw `steps_with_score`. A
-    rollout that cannot be scored (no measured step, a score that is no number in [0, 1]) gets nulls in the first
-    three columns.
+    equal results. Other formats (numpy, torch, pandas, polars) are refused; call `with_format(None)` first. Reads
+    `mc_scores` (null: step not measured) or raw `steps_with_score`. A rollout that cannot be scored (no measured step,
+    or a score that is not a number in [0, 1]) gets nulls in the first three columns.
 
     Args:
         row (`dict` or `pa.Table`):
-            One row, a batch of rows, or an Arrow table. From dicts only the new columns are returned, as `map` wants
-            it; from a table the whole table, because `map` replaces the batch by it.
+            One row, a batch of rows, or an Arrow table. For dicts only the new columns are returned, as `map` expects;
+            for a table the whole table is returned, because `map` replaces the batch with it.
         alpha (`float`, *optional*, defaults to `0.2`):
             The paper's alpha, at least 0.
 
@@ -200,7 +200,7 @@ class _AddBIS:
     """
 
     # `datasets` hashes an importable function by its name alone, so that a cache outlives a change of the code. An
-    # object is hashed with its fields: this one carries the version.
+    # object is hashed with its fields, and this one carries the version.
     version: str = BIS_VERSION
 
     def __call__(self, row: Mapping | pa.Table, alpha: float = ALPHA) -> dict | pa.Table:
@@ -223,7 +223,7 @@ class _AddBIS:
 
 
 def _other_format(got: object) -> ValueError:
-    """numpy, torch and pandas have NaN for a step that was not measured, which is no broken score: not guessed here."""
+    """In numpy, torch and pandas a step that was not measured and an invalid score are both NaN, hence the refusal."""
     return ValueError(
         f"add_bis reads rows as plain lists or as Arrow tables, got {type(got).__name__}: call "
         "dataset.with_format(None) first (batched=True is as fast)"
@@ -239,7 +239,7 @@ def _is_batch(row: Mapping) -> bool:
         raise _other_format(next(step for step in steps if type(step) in odd))
     if kinds:
         return list in kinds
-    # No step, or only nulls: a row without a score, or a batch of rows without steps. Another column tells.
+    # No step, or only nulls, can be a row without a score or a batch of rows without steps; another column tells.
     return any(isinstance(row[name], list) for name in ("rollout_id", "source") if name in row)
 
 

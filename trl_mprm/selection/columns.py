@@ -1,4 +1,4 @@
-"""Fields of a row that a rule reads beside the scores of the steps: one number per line of a shard."""
+"""Read the fields that a rule needs beside the step scores, as one number per line of a shard."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ from .rules import CutSpec
 
 def read_values(shard: Shard, spec: CutSpec) -> np.ndarray:
     """
-    What `spec.entry.value` makes of each line, NaN where there is no number (and for blank lines).
+    Apply `spec.entry.value` to each line; NaN where there is no number, and for blank lines.
 
-    The lines are read once more: the first pass parses what every rule needs, and is as fast as it is because of that.
+    The lines are read a second time because the first pass owes its speed to parsing only what every rule needs.
 
     Examples:
     ```python
@@ -40,7 +40,7 @@ def read_values(shard: Shard, spec: CutSpec) -> np.ndarray:
 
 
 def _decoder(names: tuple[str, ...]) -> Callable[[bytes], tuple]:
-    fields = [(f"field_{number}", Any, None) for number in range(len(names))]  # a name may be no identifier
+    fields = [(f"field_{number}", Any, None) for number in range(len(names))]  # a name need not be a Python identifier
     rename = {field: name for (field, *_), name in zip(fields, names, strict=True)}
     decode = msgspec.json.Decoder(msgspec.defstruct("Fields", fields, rename=rename)).decode
     return lambda line: msgspec.structs.astuple(decode(line))

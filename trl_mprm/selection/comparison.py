@@ -1,13 +1,13 @@
 """
-Table 1 of the paper (arXiv 2602.04145) for the corpus at hand: what each rule would keep, side by side.
+Table 1 of the paper (arXiv 2602.04145) for any corpus: the subsets that the rules would keep, side by side.
 
-In, annotated rollouts, as [`~trl_mprm.load_rollouts`] takes them. Out, for full data and for each rule, e.g. the paper's
-own corpus and its fraction of 25%:
+In go annotated rollouts, as [`~trl_mprm.load_rollouts`] takes them. Out come figures of the full data and of each rule's
+subset, e.g. for the paper's corpus at a fraction of 25%:
 
     {"rollouts": 565096, "steps": 3174394, "steps_per_rollout": 5.62, "words_per_step": 27.8, "error_step_share": 0.0357,
      "mean_mc": 0.8566, "mixed_share": 0.0767, "all_wrong_share": ..., "mean_group_size": ...}
 
-The corpus is read once, a few bytes per rollout are remembered, and every rule cuts these. No text is kept.
+The corpus is read once; every rule is applied to the few bytes that are kept per rollout. No text is kept.
 """
 
 import os
@@ -25,7 +25,7 @@ from .summary import Scores, Summary, merge, reason_of_kinds, summarize
 from .threshold import Cut, find_cut, kept_rows, settle
 
 
-# The rows of the paper's Table 1 and two more: what they are in `compare_rules`, and how they are printed.
+# The rows of the paper's Table 1 and two more: their keys in the result of `compare_rules`, and their number formats.
 METRICS = {
     "rollouts": ("rollouts", ","),
     "reasoning steps": ("steps", ","),
@@ -52,15 +52,15 @@ def compare_rules(
     engine: str = "local",
 ) -> dict[str, dict]:
     """
-    Describe full data and what each rule that needs step scores alone keeps of it.
+    Describe the full data and the subset of each rule that needs step scores alone.
 
-    The arguments are those of [`~trl_mprm.selection.files.select_files`]: each rule keeps the rollouts that it keeps there.
+    The arguments are those of [`~trl_mprm.selection.files.select_files`], and each rule keeps the same rollouts as there.
 
     Returns:
-        `dict`: `full data` and the names of the rules to what [`comparison_table`] shows: `rollouts`, `steps` (measured
-        ones), `steps_per_rollout`, `words_per_step`, `error_step_share` (steps with a Monte Carlo score of 0), `mean_mc`
-        (of a step), `mixed_share` (rollouts with good and bad steps), `all_wrong_share` (rollouts without a positive
-        step), `mean_group_size` (rollouts that share an image and a question).
+        `dict`: maps `full data` and the name of each rule to the figures that [`comparison_table`] shows: `rollouts`,
+        `steps` (measured ones), `steps_per_rollout`, `words_per_step`, `error_step_share` (steps with a Monte Carlo
+        score of 0), `mean_mc` (per step), `mixed_share` (rollouts with good and bad steps), `all_wrong_share` (rollouts
+        without a positive step), `mean_group_size` (rollouts that share an image and a question).
 
     Examples:
     ```python
@@ -77,7 +77,7 @@ def compare_rules(
     """
     parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed, "by": column_to_cut_by(by)}
     shards, table = plan_shards(local_inputs(inputs)), {}
-    # One reading for all rules that need the steps alone, and one more for each rule whose column the rows have.
+    # The corpus is read once for all rules that need the steps alone, and once per rule whose column the rows have.
     readings = [[CutSpec(rule, **parameters) for rule in STEP_RULES]]
     readings += [[CutSpec(rule, **parameters)] for rule in COLUMN_RULES if _has_column(shards, rule)]
     for specs in readings:
@@ -102,7 +102,7 @@ def _has_column(shards: list[Shard], name: str) -> bool:
 
 
 def comparison_table(table: dict[str, dict]) -> list[list]:
-    """What [`compare_rules`] returns as rows, the header first: a column for each rule, as in the paper."""
+    """The result of [`compare_rules`] as table rows, header first, with a column for each rule, as in the paper."""
     header = ["", *table]
     return [
         header,
@@ -111,7 +111,7 @@ def comparison_table(table: dict[str, dict]) -> list[list]:
 
 
 def _kept(shard: Shard, scores: Scores, cut: Cut) -> tuple[Summary, int, int]:
-    """Of a shard: the summary of the kept rows, the words of their steps, and those of all usable rows."""
+    """Return for a shard the summary of the kept rows, the words in their steps, and the words in all usable rows."""
     rows = kept_rows(scores, cut)
     usable = np.append(reason_of_kinds(scores.kinds, cut.check_images) < 0, False)[scores.kind]
     return summarize(scores, rows), *(int(scores.words[some].sum(dtype=np.int64)) for some in (rows, usable))

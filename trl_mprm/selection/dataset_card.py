@@ -1,4 +1,4 @@
-"""The card of a data set of kept rows."""
+"""Write the card of a data set of kept rows."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -17,22 +17,22 @@ CARD = Path(__file__).parents[1] / "templates" / "dataset_card.md"
 SHARES = (
     ("share of mixed rollouts", "mixed_share"),
     ("share of steps with score 0", "error_step_share"),
-    ("mean score of a step", "mean_mc"),
-    ("rollouts of an image and a question", "mean_group_size"),
+    ("mean score per step", "mean_mc"),
+    ("rollouts per image and question", "mean_group_size"),
 )
 
 
 def dataset_card(repo_id: str, report: dict, license: str | None = None) -> DatasetCard:
     """
-    The card of a selection: rule, parameters, counts by source and by reason, and how to build it again.
+    Write the card of a selection: rule, parameters, counts by source and by reason, and how to rebuild it.
 
     Args:
         repo_id (`str`):
             Name on the Hub.
         report (`dict`):
-            What `selection.json` holds.
+            Content of `selection.json`.
         license (`str`, *optional*):
-            Of the rollouts.
+            Licence of the rollouts.
     """
     hub_ids = [item for item in report["inputs"] if is_hub_id(item)]
     entry = rule_of_report(report)

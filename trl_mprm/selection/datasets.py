@@ -1,8 +1,8 @@
 """
-Exact top fraction of the rollouts of each source, by one of the rules of [`~trl_mprm.selection.rules`], with evidence.
+Keep the exact top fraction of each source by a rule of [`~trl_mprm.selection.rules`], with evidence.
 
-A rule is a score for each rollout; the cut is the same for all: `max(1, int(m * fraction))` of the `m` valid rollouts
-of a source, or of the whole corpus, the highest scores first.
+A rule gives each rollout a score. Every rule keeps the `max(1, int(m * fraction))` highest-scoring of the `m` valid
+rollouts of each source, or of the whole corpus.
 """
 
 import logging
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Selection:
     """
-    The rollouts that a rule kept. Called with a row, a batch or an Arrow table, it tells which of them are kept:
-    `dataset.filter(selection)`. Picklable, with a fingerprint that is the same in every process.
+    The rollouts that a rule kept. Called with a row, a batch or an Arrow table, it tells which rows are kept, as in
+    `dataset.filter(selection)`. It is picklable and has the same fingerprint in every process.
 
     Attributes:
         kept (`tuple[str]`): `rollout_id` of the kept rollouts, in file order.
         indices (`tuple[int]`): Their row numbers: `dataset.select(selection.indices)`.
-        report (`dict`): What `selection.json` holds: rule, parameters, and per source the counts and the cut.
+        report (`dict`): Content of `selection.json`: rule, parameters, and for each source the counts and the cut.
     """
 
     kept: tuple[str, ...]
@@ -45,7 +45,7 @@ class Selection:
     def __post_init__(self):
         object.__setattr__(self, "_kept", frozenset(self.kept))
 
-    def __reduce__(self):  # without the set: its order, and so its pickle, differs from process to process
+    def __reduce__(self):  # without the set, whose order, and hence pickle, differs from process to process
         return Selection, (self.kept, self.indices, self.report, self.version)
 
     def __call__(self, row: dict | pa.Table) -> bool | list[bool] | pa.Array:
@@ -67,28 +67,29 @@ def top_fraction(
     """
     Keep exactly `max(1, int(m * fraction))` of the `m` rollouts of each source that have a score.
 
-    The product is taken in floating point, as the paper's script does: 0.29 of 100 rollouts is 28, because
-    `100 * 0.29` is 28.999999999999996.
+    The product is a floating-point one, as in the paper's script: 0.29 of 100 rollouts is 28, because `100 * 0.29` is
+    28.999999999999996.
 
     Args:
         scored (`Dataset` or `IterableDataset`):
-            Rows with `rollout_id` (unique) and the columns `by` and `score`; see [`add_bis`]. Any format. A stream is
-            read once.
+            Rows in any format, with a unique `rollout_id` and the columns `by` and `score`; see [`add_bis`]. A stream
+            is read once.
         fraction (`float`):
             Share to keep, above 0 and at most 1.
         by (`str`, *optional*, defaults to `"source"`):
-            The column whose values are cut one by one. None: one cut for all rows; the report tells of each source.
+            The column whose values are each cut separately. None makes one cut over all rows; the report still lists
+            each source.
         score (`str`, *optional*, defaults to `"bis"`):
             The column to rank by, highest first. Rows with null or NaN are not valid.
         ties (`str`, *optional*, defaults to `"first"`):
-            Among equal scores, `"first"` takes the rows that come first, as the paper's code does. `"hash"` takes
-            them by a seeded hash of `rollout_id`, whatever the order of the rows.
+            How to choose among equal scores. `"first"` takes the rows that come first, as the paper's code does;
+            `"hash"` goes by a seeded hash of `rollout_id`, independent of the order of the rows.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the hash.
 
     Returns:
-        [`Selection`]: A predicate for `.filter`, with `.report`. In the formats arrow and polars pass `batched=True`:
-        `datasets` does not filter these row by row.
+        [`Selection`]: A predicate for `.filter`, with `.report`. For the formats arrow and polars pass `batched=True`,
+        because `datasets` does not filter them row by row.
 
     Examples:
     ```python
@@ -119,10 +120,10 @@ def select(
     Keep the top `fraction` of each source, or with `by=None` of all rows together, by one of the rules `bis`, `random`,
     `mixed`, `reliable`, `low_mc`, `column`.
 
-    `select(rollouts, "bis", fraction=f, alpha=a)` keeps what `top_fraction(rollouts.map(add_bis, ...), f)` keeps, and
-    `select(rollouts, "column", fraction=f, column="bis")` is that `top_fraction`. The arguments are those of
-    [`top_fraction`]; `alpha` is the paper's, for the rule `bis`; `random` and `mixed` always break ties by the seeded
-    hash.
+    `select(rollouts, "bis", fraction=f, alpha=a)` keeps the same rows as
+    `top_fraction(rollouts.map(add_bis, ...), f)`, and `select(rollouts, "column", fraction=f, column="bis")` is that
+    `top_fraction`. The arguments are those of [`top_fraction`]; `alpha` is the paper's, for the rule `bis`; the rules
+    `random` and `mixed` always break ties by the seeded hash.
 
     Examples:
     ```python
@@ -151,7 +152,7 @@ def select(
 
 
 def _score_rows(batches: Iterable[dict], spec: CutSpec) -> tuple[list[str], Scores]:
-    """Read once what a rule and its report need: a few numbers per row, whatever the length of the rows."""
+    """Read the few numbers per row that a rule and its report need, in one pass."""
     ids, groups, kind = [], [], []
     numbers: dict[str, int] = {}
     kinds: dict[tuple, int] = {}

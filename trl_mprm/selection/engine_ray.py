@@ -1,17 +1,17 @@
 """
 The passes of `trl-mprm select` on a Ray cluster: `--engine ray`.
 
-In, the shards of a corpus; they stay where they are, and so do the scores of their lines:
+The shards of a corpus stay where they are, and so do the scores of their lines:
 
-    Shard("raw/AI2D.jsonl", bytes 0 to 16778020)   score ->  Scores (20 bytes a line, in Ray's object store), Summary
+    Shard("raw/AI2D.jsonl", bytes 0 to 16778020)   score ->  Scores (20 bytes per line, in Ray's object store), Summary
     the summaries of 1/8 of the shards             merge ->  one message of under 1 MB, to the driver (8 cores: 8 of them)
     Shard, Scores, the cut of the driver           emit  ->  the kept lines, in a part file beside the output; to the
-                                                             driver their line numbers (8 bytes a kept row)
+                                                             driver their line numbers (8 bytes per kept row)
 
-The driver finds the cut and joins the parts with the code of the local engine, so that the output is the same to the
-byte. A worker that dies costs the shards it was at: Ray runs these tasks again, and a task writes a file whole or not
-at all. These are Ray tasks, not a Ray Data pipeline: a shard gives two things, one that travels and one that a later
-pass wants back on the same node. `map_batches` hands on one, and would carry the scores through every stage.
+The driver finds the cut and joins the parts with the code of the local engine, so the output is identical to the byte.
+When a worker dies, Ray runs its unfinished tasks again; a task writes a file whole or not at all. These are Ray tasks
+rather than a Ray Data pipeline because scoring a shard has two results, one that travels and one that a later pass
+needs on the same node. `map_batches` returns only one, and would carry the scores through every stage.
 """
 
 import os
@@ -38,8 +38,8 @@ except ImportError as error:
 
 class RayRun:
     """
-    The passes over all shards on the cluster that `RAY_ADDRESS` names or that runs on this machine; else on a local one
-    that is started, and stopped at the end.
+    Run the passes over all shards on the cluster that `RAY_ADDRESS` names or that runs on this machine, or else on a
+    local one, which is started here and stopped at the end.
 
     Args:
         shards (`list` of [`~trl_mprm.data.shards.Shard`]):
@@ -59,15 +59,15 @@ class RayRun:
         self.shards, self.image_root = shards, image_root
         self.options = {"drop_answer_step": drop_answer_step, "words": words, "spec": spec}
         self.scores: list[ray.ObjectRef] = []
-        self.message_bytes: list[int] = []  # of the reduce, a worker
+        self.message_bytes: list[int] = []  # of each worker's message in the reduce
 
     def __enter__(self) -> "RayRun":
         self.started = not ray.is_initialized()
         if self.started:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own reports to nobody
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start sends no usage reports
             try:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
-            except Exception as error:  # of any kind: a plain Exception where the node does not come up in time
+            except Exception as error:  # Ray raises a plain Exception when a node does not come up in time
                 raise OSError(
                     f"Ray did not start ({error}): look at RAY_ADDRESS and the cluster, then run again"
                 ) from error
@@ -75,7 +75,7 @@ class RayRun:
 
     def __exit__(self, *error: object) -> None:
         for scores in self.scores:
-            ray.cancel(scores)  # what still runs when the driver gives up
+            ray.cancel(scores)  # may still be running when the driver gives up
         self.scores = []
         if self.started:
             ray.shutdown()
@@ -114,7 +114,7 @@ class RayRun:
 
 
 def pack(summary: Summary) -> bytes:
-    """A summary as a message. Its kinds are sorted and shrink to a tenth; its hashes of groups do not."""
+    """Compress a summary for sending. Its sorted kinds shrink to a tenth; its hashes of groups do not."""
     return zlib.compress(pickle.dumps(summary), level=1)
 
 
@@ -127,7 +127,7 @@ def unpack(message: bytes) -> Summary:
 
 @ray.remote(num_returns=2)
 def _score(folder: str, shard: Shard, image_root: str | os.PathLike | None, options: dict) -> tuple[Scores, Summary]:
-    os.chdir(folder)  # of the driver, to which the names of files are relative
+    os.chdir(folder)  # the driver's folder, to which the names of files are relative
     return score_shard(shard, image_root, **options)
 
 
@@ -147,7 +147,7 @@ def _ties(shard: Shard, scores: Scores, cut: Cut) -> Ties:
 
 
 def _emit(shard: Shard, scores: Scores, cut: Cut, folder: Path) -> KeptRows:
-    # Whole or not at all: what a dying worker leaves behind must not mix with what its successor writes.
+    # Whole or not at all: a dying worker's partial file must not mix with what its successor writes.
     with (
         atomic_output(folder / f"{shard.index}.kept") as kept,
         atomic_output(folder / f"{shard.index}.refused") as refused,

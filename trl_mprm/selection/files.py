@@ -40,12 +40,13 @@ def select_files(
     page: str | os.PathLike | None = None,
 ) -> dict:
     """
-    Select from files to files: the rows that [`select`] keeps of [`load_rollouts`], in their own format.
+    Select from files to files: keep the rows that [`select`] keeps of [`load_rollouts`], in their own format.
 
     Writes, each whole or not at all, the kept rows, `selection.json` beside them, and `refused.jsonl` (file, line,
-    reason) if a row was refused. `*.jsonl` takes the kept lines as they are, byte by byte; `*.parquet` takes them in
-    the row type of [`load_rollouts`], with further fields as text; any other name is a folder with one JSONL file for
-    each input file. A run that is killed leaves nothing under these names, and a later one gives the same bytes.
+    reason) if any row was refused. A `*.jsonl` output holds the kept lines unchanged, byte for byte; a `*.parquet`
+    output holds them in the row type of [`load_rollouts`], with all other fields as text; any other name is a folder
+    with one JSONL file per input file. An interrupted run leaves nothing under these names, and running it again gives
+    the same bytes.
 
     Args:
         inputs (`str`, path, or `list` of paths):
@@ -53,31 +54,31 @@ def select_files(
         output (`str` or path):
             `*.jsonl`, `*.parquet`, or a folder.
         by (`str`, *optional*, defaults to `"source"`):
-            `"source"`: the top fraction of each source; `"corpus"`: of all rows together.
+            `"source"` keeps the top fraction of each source, `"corpus"` that of all rows together.
         column (`str`, *optional*):
-            For the rule `column`: the field of a row that ranks it, highest first. A row without a number there is
+            For the rule `column`: the field of a row to rank by, highest first. A row without a number there is
             refused as `no_score`.
         image_root (`str` or path, *optional*):
-            Folder of the images. Defaults to the folder of each file; if not one image is found there, the annotations
-            came without them, and images are not checked (the report says so).
+            Folder of the images. Defaults to the folder of each file; if no image at all is found there, the
+            annotations are taken to have come without images, which are then not checked (the report says so).
         drop_answer_step (`bool`, *optional*, defaults to `False`):
-            Take a last step that states the final answer for not measured. JSONL lines stay as they are: pass the same
-            to [`load_rollouts`].
+            Treat a last step that states the final answer as not measured. JSONL lines stay unchanged, so pass the same
+            value to [`load_rollouts`].
         strict (`bool`, *optional*, defaults to `False`):
-            Raise at the first refused row, and write nothing.
+            Raise if any row is refused, and write nothing.
         save_to_disk (`bool`, *optional*, defaults to `False`):
             Make `output` a folder for `datasets.load_from_disk`.
         push_to_hub (`str`, *optional*):
-            Also publish the kept rows, with their images and a card, as this dataset of the Hub.
+            Also publish the kept rows, with their images and a card, as this dataset on the Hub.
         license (`str`, *optional*):
-            Licence on that card, as a Hub identifier. Defaults to that of the source, where it is a dataset on the Hub.
+            Licence on that card, as a Hub identifier. Defaults to that of the source if it is a dataset on the Hub.
         engine (`str`, *optional*, defaults to `"local"`):
-            `"local"`: a process for each core; `"ray"`: the workers of a Ray cluster. Both give the same bytes.
+            `"local"` runs one process per core, `"ray"` the workers of a Ray cluster. Both give the same bytes.
         page (`str` or path, *optional*):
-            Also write one HTML page about the selection there, see [`~trl_mprm.selection.page`].
+            Also write an HTML page about the selection to this path, see [`~trl_mprm.selection.page`].
 
     Returns:
-        `dict`: The content of `selection.json`. [`report_table`] makes table rows of it.
+        `dict`: The content of `selection.json`. [`report_table`] turns it into table rows.
 
     Examples:
     ```python

@@ -1,16 +1,16 @@
 """
-One page that shows what a selection kept: a self-contained HTML file, no script, nothing from the network.
+Write a page that shows what a selection kept: a self-contained HTML file, no script, nothing from the network.
 
-In, the report of `trl-mprm select` (as `selection.json` holds it), how many rollouts of each kind there were and were
-kept (the summaries of the core), and a few rollouts to read:
+In go the report of `trl-mprm select` (the content of `selection.json`), the numbers of rollouts of each kind that were
+read and kept (the summaries of the passes), and a few rollouts to read:
 
     {"rule": "bis", "fraction": 0.1, "total": {"read": 8000, "kept": 798, ...}, "sources": {"Geometry3K": {...}}}
     4,083 rollouts of 5 steps, 5 positive, sum 5.0, of them 310 kept; 12 of 4 steps, 2 positive, sum 1.5, all kept; ...
     {"rollout_id": "Geometry3K:0", "prompt": "Find x.", "completions": ["x = 5."], "mc_scores": [0.125], ...}
 
-Out: the distribution of BIS; mixture p_pos (1 - p_pos) against reliability R, the kept region shaded; the kept share,
-the cut and its ties by source; kept and dropped rollouts with their steps coloured by Monte Carlo score. All drawing is
-inline SVG. The scatter is a histogram of at most 520 cells, so the page is as small for ten million rollouts as for ten.
+The page shows the distribution of BIS; mixture p_pos (1 - p_pos) against reliability R, the kept region shaded; the kept
+share, the cut and its ties by source; kept and dropped rollouts with their steps coloured by Monte Carlo score. Charts
+are inline SVG. The scatter is a histogram of at most 520 cells, so ten million rollouts make no larger page than ten.
 """
 
 from math import log, log10
@@ -31,21 +31,21 @@ from .summary import Scores, Summary, reason_of_kinds
 from .threshold import Cut, kept_rows
 
 
-# Drawing areas of the two charts, in units of the SVG.
+# Sizes of the two charts, in SVG units.
 WIDTH, HISTOGRAM_HEIGHT, REGION_HEIGHT = 780, 220, 400
 
 BINS, MIXTURE_CELLS, RELIABILITY_CELLS = 60, 26, 20
 
-# What is shown of a corpus with many sources, and of a long rollout.
+# Limits for a corpus with many sources, and for a long rollout.
 N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP = 10, 100, 400, 10, 300
 
 
 def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut, run: LocalRun) -> str:
     """
-    The page of a selection, while the scores of its shards are at hand; see [`~trl_mprm.selection.files.select_files`].
+    Write the page of a selection while the scores of its shards are in memory.
 
-    The rollouts to read are drawn with the seed of the selection: the same ones for every engine and any number of
-    shards.
+    The rollouts to read are drawn with the seed of the selection, so they are the same for every engine and any number
+    of shards.
     """
     counts = run.map(bis_counts, cut)
     wanted, order = {}, {"kept": [], "dropped": []}
@@ -68,19 +68,19 @@ def render_selection_report(
     check_images: bool = True,
 ) -> str:
     """
-    The page as text.
+    Render the page as text.
 
     Args:
         report (`dict`):
             The report of a selection.
         valid, kept ([`~trl_mprm.selection.summary.Summary`]):
-            How many rollouts of each kind were read, and kept.
+            Summaries of the rollouts that were read, and of those that were kept.
         examples (`dict`):
             Rows to show as `kept` and as `dropped`, see [`example_rows`].
         alpha (`float`):
-            The paper's alpha, for the distribution of BIS (a rule other than `bis` has none in its report).
+            The paper's alpha, for the distribution of BIS (the report of a rule other than `bis` has none).
         check_images (`bool`, *optional*, defaults to `True`):
-            Whether a row was refused where its images were missing.
+            Whether rows were refused for missing images.
 
     Examples:
     ```python
@@ -135,17 +135,17 @@ def _kinds(summary: Summary, alpha: float, check_images: bool) -> dict[str, np.n
 
 def draw(bis: list[np.ndarray], count: list[np.ndarray], n: int, seed: int = 0) -> list[tuple[int, float, int]]:
     """
-    Draw `n` rollouts, from the highest BIS to the lowest: one at random from each of `n` equal shares.
+    Draw `n` rollouts from the highest BIS to the lowest: one at random from each of `n` equal shares.
 
     Args:
         bis (`list` of `np.ndarray`):
             The different values of BIS in each shard, in corpus order.
         count (`list` of `np.ndarray`):
-            How many rollouts have them.
+            How many rollouts have each of these values.
 
     Returns:
-        `list` of `(shard, bis, k)`: the k-th rollout, from 0, of that shard with that value. The same rollouts however
-        the corpus was divided into shards.
+        `list` of `(shard, bis, k)`: the k-th rollout, from 0, of that shard with that value. How the corpus was divided
+        into shards makes no difference.
 
     Examples:
     ```python
@@ -171,7 +171,7 @@ def draw(bis: list[np.ndarray], count: list[np.ndarray], n: int, seed: int = 0) 
 
 
 def bis_counts(shard: Shard, scores: Scores, cut: Cut) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of the kept and the dropped rollouts of a shard: the values of BIS there are, and how many have them."""
+    """The distinct values of BIS among the kept and the dropped rollouts of a shard, and the count of each."""
     bis, rows = _bis_of_lines(scores, cut)
     return {name: np.unique(bis[lines], return_counts=True) for name, lines in rows.items()}
 
@@ -179,7 +179,7 @@ def bis_counts(shard: Shard, scores: Scores, cut: Cut) -> dict[str, tuple[np.nda
 def read_examples(
     shard: Shard, scores: Scores, cut: Cut, wanted: dict[int, list[tuple[str, float, int]]]
 ) -> list[dict]:
-    """Read what is wanted of a shard: `(name, bis, k)` is the k-th `kept` or `dropped` rollout with that BIS."""
+    """Read the wanted rows of a shard: `(name, bis, k)` is the k-th `kept` or `dropped` rollout with that BIS."""
     if shard.index not in wanted:
         return []
     bis, rows = _bis_of_lines(scores, cut)
@@ -191,7 +191,7 @@ def read_examples(
 
 
 def _bis_of_lines(scores: Scores, cut: Cut) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """BIS of each line of a shard, NaN where it has none; and the numbers of its kept and dropped lines."""
+    """BIS of each line of a shard, NaN where it has none, and the numbers of its kept and dropped lines."""
     sums = (scores.kinds[name].astype(float) for name in ("n_steps", "n_pos", "mc_sum"))
     usable = reason_of_kinds(scores.kinds, cut.check_images) < 0
     bis = np.append(np.where(usable, score_of_sums(*sums, cut.spec.alpha)["bis"], np.nan), np.nan)[scores.kind]
@@ -214,7 +214,7 @@ def _read(scores: Scores, cut: Cut, number: int, line: bytes) -> dict:
 
 
 def _log_height(count: float, top: float, height: float) -> float:
-    """Height of a bar on a scale that shows 1 beside 1,000,000; 0 has no height."""
+    """Height of a bar on a logarithmic scale, on which 1 stays visible beside 1,000,000; 0 has no height."""
     return height * log(1 + count) / log(1 + top)
 
 
@@ -260,7 +260,7 @@ def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) ->
     cells = []
     for column, row in zip(*np.nonzero(counts), strict=True):
         count, n_kept = int(counts[column, row]), int(counts_kept[column, row])
-        side = (0.3 + 0.66 * log(count) / log(top)) * step_y  # the size tells the count, on a log scale
+        side = (0.3 + 0.66 * log(count) / log(top)) * step_y  # side by the count, on a log scale
         cells.append(
             {
                 "x": round((column + 0.5) * step_x - side / 2, 1),
@@ -275,7 +275,7 @@ def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) ->
 
 
 def _kept_region(report: dict, alpha: float) -> list[str]:
-    """Paths of the regions above the lowest and the highest cut of the sources; none where the plane has no cut."""
+    """Paths of the regions above the lowest and the highest cut of the sources; empty for a rule without such a cut."""
     cuts, lowest_reliability = _cuts(report["sources"]), rule_of_report(report).lowest_reliability
     if not cuts or lowest_reliability is None:
         return []

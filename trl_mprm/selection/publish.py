@@ -1,4 +1,4 @@
-"""Kept rows as a dataset on the Hub."""
+"""Publish kept rows as a dataset on the Hub."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ PARQUET_BYTES = 2**29  # per file
 
 
 def check_name(repo_id: str) -> None:
-    """Before a selection runs: whether it can be published under this name."""
+    """Raise before a selection runs if it cannot be published under this name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -38,7 +38,7 @@ def push_to_hub(
     parts: Path,
     license: str | None = None,
 ) -> None:
-    """Publish the kept rows, their images inside, with a card and `selection.json`, in one commit."""
+    """Publish the kept rows with their images, a card and `selection.json` in one commit."""
     folder = parts / "hub"
     files = _write_parquet(writer, report, emitted, parts, folder / "data")
     api = HfApi()

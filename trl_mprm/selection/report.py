@@ -1,4 +1,4 @@
-"""The evidence of a selection: its report, the lines and tables made of it, and the report of given rows."""
+"""The evidence of a selection: its report, messages and tables made from it, and finding the report of given rows."""
 
 import math
 import os
@@ -20,7 +20,7 @@ SELECTION_VERSION = "3"
 
 FACTS = ("all_wrong", "mixed_share", "error_step_share", "mean_mc", "mean_group_size")
 
-# Above this share of kept rows without a positive step, a selection warns.
+# A selection warns if the share of kept rows without a positive step is above this.
 MANY_ALL_WRONG = 0.1
 
 
@@ -28,7 +28,7 @@ MANY_ALL_WRONG = 0.1
 
 
 def describe_refused(summary: Summary, cut: Cut) -> list[str]:
-    """One line per reason: how many rows, of which sources, and where the first one stands."""
+    """One line per reason: how many rows were refused, from which sources, and the place of the first."""
     reasons = reason_of_kinds(summary.kinds, cut.check_images)
     first: dict[int, tuple[int, int]] = {}
     for (reason, unread), line in summary.first.items():
@@ -48,7 +48,7 @@ def describe_refused(summary: Summary, cut: Cut) -> list[str]:
 
 
 def ties_of_sources(summary: Summary, cut: Cut) -> np.ndarray:
-    """How many rows of each source score just what the cut of their stratum is."""
+    """How many rows of each source score exactly the cut of their stratum."""
     kinds = summary.kinds
     score = score_of_kinds(cut.spec, kinds, summary.value)
     at = score == cut.cut_score[cut.stratum[kinds["source"]]]
@@ -58,12 +58,12 @@ def ties_of_sources(summary: Summary, cut: Cut) -> np.ndarray:
 
 def describe(summary: Summary, check_images: bool = True, source: str | None = None) -> dict[str, float | None]:
     """
-    The usable rows of a summary in numbers: all, or those of one source.
+    Count the usable rows of a summary, all or those of one source.
 
     Returns:
-        `dict`: `n` rows, their `n_steps`, and (None where there is nothing to count or divide) `all_wrong`, the rows
-        without a positive step, `mixed_share`, `error_step_share`, `mean_mc`, and `mean_group_size`, the rows that share
-        an image and a question.
+        `dict`: `n` rows, their `n_steps`, and (None where there is nothing to count or divide by) `all_wrong`, the
+        number of rows without a positive step, `mixed_share`, `error_step_share`, `mean_mc`, and `mean_group_size`, the
+        mean number of rows that share an image and a question.
     """
     kinds, count = summary.kinds, summary.count
     if source is not None:  # sources are sorted, and so are kinds, by source first
@@ -79,9 +79,9 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
         numbers["all_wrong"] = int(count[n_pos == 0].sum())
         numbers["mixed_share"] = int(count[(n_pos > 0) & (n_pos < n_steps)].sum()) / n
         numbers["error_step_share"] = 1 - int((count * n_pos).sum()) / max(steps, 1)
-        numbers["mean_mc"] = math.fsum(count * kinds["mc_sum"]) / max(steps, 1)  # exact, so in any order
+        numbers["mean_mc"] = math.fsum(count * kinds["mc_sum"]) / max(steps, 1)  # exact, so independent of order
     names = summary.sources if source is None else [source]
-    # A row without images has found all of them.
+    # A row without images counts as having found all of them.
     found = [len(summary.groups.get((name, seen), ())) for name in names for seen in {True, check_images}]
     if n:
         numbers["mean_group_size"] = n / max(sum(found) * 2**summary.halved, 1)
@@ -89,7 +89,7 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
 
 
 def all_wrong_warning(report: dict) -> str | None:
-    """One line where many of the kept rows have no positive step; None where few have none."""
+    """A one-line warning if many of the kept rows have no positive step, else None."""
     n, kept = report["total"]["all_wrong"], report["total"]["kept"]
     if n is None or n <= MANY_ALL_WRONG * kept:
         return None
@@ -101,8 +101,7 @@ def all_wrong_warning(report: dict) -> str | None:
 
 def report_table(report: dict) -> list[list]:
     """
-    The report of a selection as rows of a table, the header first, `total` last: what fits a terminal of 100 columns.
-    The report has more.
+    The report of a selection as table rows, header first, `total` last, cut down to fit a terminal of 100 columns.
     """
     table = [["source", "read", "refused", "valid", "kept", "cut", "mixed", "errors", "all wrong"]]
     for source, row in [*report["sources"].items(), ("total", report["total"])]:
@@ -114,13 +113,13 @@ def report_table(report: dict) -> list[list]:
 
 def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
     """
-    What `selection.json` holds: for each source, and for all together, read = kept + dropped + refused.
+    The content of `selection.json`. For each source and in total, read = kept + dropped + refused.
 
     Args:
         cut ([`~trl_mprm.selection.threshold.Cut`]):
             The settled cut.
         summary, kept ([`~trl_mprm.selection.summary.Summary`]):
-            Of all rows that were read, and of those that were written.
+            Summaries of all rows that were read, and of those that were written.
     """
     kinds, count = summary.kinds, summary.count.astype(np.int64)
     reason = reason_of_kinds(kinds, cut.check_images)
@@ -152,7 +151,7 @@ def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
 
 
 def _check_quotas(cut: Cut, valid: list[int], kept: list[int]) -> None:
-    """What was written is what the cut asked for, or the core is wrong."""
+    """Raise unless exactly the rows that the cut asks for were written; anything else is a bug."""
     quotas = [max(1, int(m * cut.spec.fraction)) if m else 0 for m in cut.valid.tolist()]
     found = [np.bincount(cut.stratum, rows, len(quotas)).astype(int).tolist() for rows in (valid, kept)]
     if found != [cut.valid.tolist(), quotas]:
@@ -164,20 +163,20 @@ def _check_quotas(cut: Cut, valid: list[int], kept: list[int]) -> None:
 
 def find_report(dataset: str | os.PathLike, n_rows: int) -> tuple[dict | None, str]:
     """
-    The report of exactly these rows, for the card of what is trained on them; or None and the reason why none applies.
+    Find the report of exactly these rows, for the card of a model trained on them, or say why none applies.
 
     Args:
         dataset (`str` or path):
-            What the rows were read from: a file, a folder (also one of `save_to_disk`), or a dataset on the Hub.
+            Source of the rows: a file, a folder (also one written by `save_to_disk`), or a dataset on the Hub.
         n_rows (`int`):
             How many rows were read.
 
     Returns:
-        `(report, "")` where each file is in the report and has the content that the selection wrote, and all its rows
-        were read (of a dataset on the Hub the commit stands for the content); else `(None, why)`.
+        `(report, "")` if each file is in the report and has the content that the selection wrote, and all its rows were
+        read (for a dataset on the Hub the commit stands for the content); else `(None, why)`.
 
     Raises:
-        `ValueError`: what stands there under the name of a report is none.
+        `ValueError`: the file with the name of a report is not a report.
 
     Examples:
     ```python
@@ -222,7 +221,7 @@ def _files_of_rows(path: Path) -> list[Path]:
         return sorted(path.glob("*.arrow"))
     try:
         return input_files(path)
-    except FileNotFoundError:  # rows in subfolders, as of several splits: no report of ours tells of these
+    except FileNotFoundError:  # rows in subfolders, such as those of splits, for which select writes no report
         return []
 
 

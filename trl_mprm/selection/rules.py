@@ -1,13 +1,14 @@
 """
 The rules of a selection, one entry each, and the request for a cut.
 
-A rule ranks rollouts by a score, the highest first; [`~trl_mprm.selection.threshold`] does the rest for all of them.
-A new rule is one more entry of `RULES`: `select`, `select_files`, the command line, page, card and comparison read it.
+A rule ranks rollouts by a score, highest first; [`~trl_mprm.selection.threshold`] does the rest, whatever the rule. To
+add a rule, add an entry to `RULES`: `select`, `select_files`, the command line, page, card and comparison read it.
 
     Rule("mixed", "rollouts with good and bad steps first, the rest at random", _mixed, by_hash=True)
 
-`score` sees, of each kind of rollout, how many steps were measured, how many are positive, and the sum of their scores.
-A rule that ranks by anything else names the fields that it `reads` of a row, and `value` makes one number of them:
+`score` sees for each kind of rollout the number of measured steps, the number of positive ones, and the sum of the
+scores. A rule that ranks by anything else names the fields of a row that it `reads`, and `value` turns them into one
+number:
 
     Rule("column", "the highest value of a column", _value, reads=lambda spec: (spec.column,), value=_number_of_column)
 """
@@ -30,12 +31,12 @@ class CutSpec:
     Attributes:
         rule (`str`): Name of an entry of `RULES`.
         fraction (`float`): Share to keep, above 0 and at most 1.
-        alpha (`float`): The paper's alpha, at least 0; it counts where the rule ranks by BIS.
+        alpha (`float`): The paper's alpha, at least 0; it matters only where the rule ranks by BIS.
         ties (`str`): `"first"` in the file, or by `"hash"`; a rule may insist on the hash.
         seed (`int`): Seed of the hash, at least 0.
-        by (`str`, *optional*): What is cut one by one: the column `source`, or another one of a dataset. None: all
-            rows together.
-        column (`str`, *optional*): The column that the rule ranks by, where it ranks by one.
+        by (`str`, *optional*): The column whose values are cut separately: `source`, or any column of a dataset. None
+            makes one cut over all rows.
+        column (`str`, *optional*): The column that the rule ranks by, if it ranks by one.
 
     Examples:
     ```python
@@ -81,7 +82,7 @@ class CutSpec:
         return RULES[self.rule]
 
     def facts(self) -> dict[str, Any]:
-        """What report and card tell of it. The name of a column stands for the rule `column`."""
+        """The entries of report and card about this request. The name of a column stands for the rule `column`."""
         facts = {
             "rule": self.column or self.rule,
             "by": self.by or "corpus",
@@ -94,7 +95,7 @@ class CutSpec:
 
 
 class Kinds(NamedTuple):
-    """What a rule may rank by: of each kind of rollout, its numbers. `value` is 0 where the rule reads no fields."""
+    """The numbers of each kind of rollout, by which a rule may rank. `value` is 0 if the rule reads no fields."""
 
     n_steps: np.ndarray
     n_pos: np.ndarray
@@ -110,13 +111,13 @@ class Rule:
     Attributes:
         name (`str`): For `select(rollouts, name)` and `--rule`.
         words (`str`): The kept rollouts in words, for `--help`, page and card.
-        score (`Callable`): `(Kinds, CutSpec)` to the score of each kind, highest first.
+        score (`Callable`): Maps `(Kinds, CutSpec)` to the score of each kind; the highest are kept.
         by_hash (`bool`): Ties are always broken by the seeded hash.
-        of_bis (`bool`): The score is BIS: alpha counts, and the page draws the cut on the axis of BIS.
-        lowest_reliability (`Callable`, *optional*): `(mixture, cut, alpha)` to the lowest R that is kept at each
-            mixture p (1 - p), where the rule cuts in this plane: the page shades what lies above.
-        reads (`Callable`, *optional*): `CutSpec` to the names of the fields that `value` needs, beside the steps.
-        value (`Callable`, *optional*): `({name: list with an entry per row}, CutSpec)` to one number per row; NaN
+        of_bis (`bool`): The score is BIS, so alpha matters, and the page draws the cut on the axis of BIS.
+        lowest_reliability (`Callable`, *optional*): Maps `(mixture, cut, alpha)` to the lowest R that is kept at each
+            mixture p (1 - p), for a rule that cuts in this plane; the page shades the region above.
+        reads (`Callable`, *optional*): Maps a `CutSpec` to the names of the fields that `value` needs, beside the steps.
+        value (`Callable`, *optional*): Maps `({name: list with an entry per row}, CutSpec)` to one number per row; NaN
             refuses the row as `no_score`.
     """
 
@@ -180,7 +181,7 @@ _ENTRIES = (
     ),
     Rule("random", "at random", lambda kinds, spec: np.zeros(len(kinds.n_steps)), by_hash=True),
     Rule(
-        "mixed",  # the paper fills up at random
+        "mixed",  # the paper fills the rest of the quota at random
         "rollouts with good and bad steps first, the rest at random",
         _mixed,
         by_hash=True,
@@ -218,20 +219,20 @@ _ENTRIES = (
 
 RULES = {rule.name: rule for rule in _ENTRIES}
 
-# Those that need nothing but the scores of the steps, so that every corpus can be cut by them.
+# The rules that need only the step scores, and so apply to every corpus.
 STEP_RULES = tuple(rule.name for rule in _ENTRIES if rule.reads is None)
 
-# Those that need a column which only some corpora have.
+# The rules that need a column that only some corpora have.
 COLUMN_RULES = ("agreement", "self_confidence")
 
 
 def rule_of_report(report: dict) -> Rule:
-    """The rule that a report tells of, see [`CutSpec.facts`]."""
+    """The rule that a report names, see [`CutSpec.facts`]."""
     return RULES["column" if "column" in report else report["rule"]]
 
 
 def column_to_cut_by(by: str) -> str | None:
-    """What `--by` says, for [`CutSpec`]."""
+    """Convert the value of `--by` for [`CutSpec`]."""
     if by not in ("source", "corpus"):
         raise ValueError(f'by must be "source" (each is cut on its own) or "corpus" (all rows together), got {by!r}')
     return None if by == "corpus" else by

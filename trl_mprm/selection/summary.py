@@ -1,9 +1,9 @@
 """
-Scores, a few bytes that are remembered per row, and summaries, the small tables that travel. No files here.
+Scores, the few bytes kept per row, and summaries, the small tables sent between processes. This module opens no files.
 
-A score depends on few numbers of a rollout: the measured steps, the positive ones, the sum of their scores. Few
-different triples exist where a score is k of 16 continuations, so a shard tells the others how many rollouts it has of
-each kind. Four rollouts of one source:
+A score depends on three numbers of a rollout: how many steps are measured, how many are positive, and the sum of their
+scores. When scores are k of 16 continuations, only a few distinct triples (kinds) occur, so a shard need only send how
+many rollouts it has of each kind. Four rollouts of one source:
 
     scores of the steps   1.0 0.0         1.0 1.0         0.0             1.0 0.0
     kind (n, n_pos, sum)  (2, 1, 1.0)     (2, 2, 2.0)     (1, 0, 0.0)     (2, 1, 1.0)
@@ -20,41 +20,41 @@ import pyarrow as pa
 from ..data.rows import Reason
 
 
-# The reasons for which a row can be refused; the index of a reason is its number. `no_score`: no number where the rule looks for one.
+# The reasons for refusing a row, each numbered by its index here. `no_score`: no number where the rule looks for one.
 REASONS = (*map(str, Reason), "no_score")
 
 IMAGE_MISSING = REASONS.index(Reason.IMAGE_MISSING)
 
 IMAGE_UNREADABLE = REASONS.index(Reason.IMAGE_UNREADABLE)
 
-# `reason` is -1 for a row that can be used; `unread` is what it is if images are not looked for, and `NO_IMAGES` where a
-# row that can be used has none.
+# `reason` is -1 for a usable row. `unread` is the reason if images are not looked for, or `NO_IMAGES` for a usable row
+# without images.
 NO_IMAGES = -2
 
 KIND = np.dtype(
     [("source", "i4"), ("reason", "i1"), ("unread", "i1"), ("n_steps", "u4"), ("n_pos", "u4"), ("mc_sum", "f8")]
 )
 
-UNKNOWN = -1.0  # mc_sum of rows whose step scores were not read
+UNKNOWN = -1.0  # the mc_sum of rows whose step scores were not read
 
-MAX_GROUPS = 2**16  # hashes of 8 bytes: half a megabyte per summary, the largest thing that travels
+MAX_GROUPS = 2**16  # hashes of 8 bytes: half a megabyte per summary, its largest part
 
 
 @dataclass(frozen=True)
 class Summary:
     """
-    What a set of rows tells about itself: small, and the same however the rows were divided and put together again.
+    A small description of a set of rows, independent of how the rows were divided and merged.
 
     Attributes:
-        sources (`tuple[str]`): Names, sorted. Other fields name a source by its index here.
-        kinds (`np.ndarray` of `KIND`): The kinds of rows there are, sorted.
-        count (`np.ndarray`): How many rows each kind has.
-        value (`np.ndarray`, *optional*): A number of each kind, where the rule reads fields of its own.
+        sources (`tuple[str]`): Names, sorted. Other fields refer to a source by its index here.
+        kinds (`np.ndarray` of `KIND`): The distinct kinds of rows, sorted.
+        count (`np.ndarray`): Number of rows of each kind.
+        value (`np.ndarray`, *optional*): One more number per kind, if the rule reads further fields.
         groups (`dict`): (source, found its images) -> hashes of the image-question groups of its usable rows, at most
-            `MAX_GROUPS` together: those below `2**(64 - halved)`.
-        halved (`int`): 0 if all groups are there; each step leaves out half of them, by hash.
+            `MAX_GROUPS` in total: those below `2**(64 - halved)`.
+        halved (`int`): 0 if all groups are there; each increment leaves out half of them, by hash.
         lines (`dict`): shard -> (file, number of lines).
-        first (`dict`): (reason, unread) -> (shard, line in it) of the first row that was refused so.
+        first (`dict`): (reason, unread) -> (shard, line in it) of the first row refused with these reasons.
     """
 
     sources: tuple[str, ...]
@@ -70,17 +70,17 @@ class Summary:
 @dataclass(frozen=True)
 class Scores:
     """
-    The few bytes that are remembered per line of a shard.
+    The few bytes kept per line of a shard.
 
     Attributes:
-        shard (`int`), file (`str`), source (`str`): Where the lines stand; `source` is the one by file name.
+        shard (`int`), file (`str`), source (`str`): Where the lines are; `source` is the one given by the file name.
         sources (`tuple[str]`), kinds (`np.ndarray`), value (`np.ndarray`, *optional*): As in [`Summary`].
         kind (`np.ndarray` of int32): Index of each line in `kinds`; -1 for a blank line.
         group (`np.ndarray` of uint64): Hash of source, prompt and images of each line.
-        length, check (`np.ndarray` of uint32, *optional*): Bytes of each line with its line end, and their checksum.
+        length, check (`np.ndarray` of uint32, *optional*): Length in bytes of each line with its line end; checksum.
         drop_answer_step (`bool`): How the lines were scored.
-        ids (`pa.Array`, *optional*): Own `rollout_id` of each line, null where it has none.
-        words (`np.ndarray`, *optional*): Words of the measured steps of each line.
+        ids (`pa.Array`, *optional*): The `rollout_id` that each line carries, null where it has none.
+        words (`np.ndarray`, *optional*): Number of words in the measured steps of each line.
     """
 
     shard: int
@@ -99,19 +99,19 @@ class Scores:
 
 
 def came_without_images(kinds: np.ndarray) -> bool:
-    """Whether images are missing and not one was found: rows that have none say nothing about it."""
+    """Whether images are missing and none was found; rows without images do not count either way."""
     found = (kinds["reason"] < 0) & (kinds["unread"] != NO_IMAGES) | (kinds["reason"] == IMAGE_UNREADABLE)
     return bool((kinds["reason"] == IMAGE_MISSING).any() and not found.any())
 
 
 def reason_of_kinds(kinds: np.ndarray, check_images: bool) -> np.ndarray:
-    """Of each kind: the number of the reason why it is refused, -1 if it can be used."""
+    """For each kind the number of the reason for refusing it, -1 if it is usable."""
     return np.maximum(kinds["reason" if check_images else "unread"], -1)
 
 
 def with_values(scores: Scores, value: np.ndarray) -> Scores:
     """
-    The same lines, told apart by one more number each. NaN refuses a line that could be used otherwise, as `no_score`.
+    Distinguish the lines by one more number each. NaN refuses an otherwise usable line as `no_score`.
     """
     no_score = np.isnan(value)
     line, kind = unique_rows([scores.kind, no_score, np.where(no_score, 0, value)])
@@ -126,7 +126,7 @@ def with_values(scores: Scores, value: np.ndarray) -> Scores:
 
 def summarize(scores: Scores, rows: np.ndarray | None = None) -> Summary:
     """
-    The summary of a shard, or of some of its rows.
+    Summarise a shard, or some of its rows.
 
     Args:
         scores ([`Scores`]):
@@ -173,7 +173,7 @@ def summarize(scores: Scores, rows: np.ndarray | None = None) -> Summary:
 
 def merge(summaries: Iterable[Summary]) -> Summary:
     """
-    The summary of all rows together; the same in any order and any grouping.
+    Merge summaries into that of all rows together; order and grouping make no difference.
 
     Examples:
     ```python
@@ -220,7 +220,7 @@ def _merge(summaries: list[Summary]) -> Summary:
 
 def unique_rows(columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """
-    One of each of the different rows of a table, sorted, and the index of each row among these.
+    The distinct rows of a table, sorted, and the index of each row among them.
 
     Examples:
     ```python

@@ -1,5 +1,5 @@
 """
-The arithmetic of a cut: small summaries -> one cut -> row numbers. No files here.
+The arithmetic of a cut: small summaries -> one cut -> row numbers. This module opens no files.
 
 Four rollouts of one source, rule `bis` at alpha 0.05, fraction 0.5:
 
@@ -9,8 +9,8 @@ Four rollouts of one source, rule `bis` at alpha 0.05, fraction 0.5:
     0.0                   (1, 0, 0.0)            0.05    no: the quota int(4 * 0.5) is full
     0.5 0.5               (2, 2, 1.0)            0.025   no
 
-The cut follows exactly from how many rollouts of each kind there are. Only the tied rollouts at the cut need a second
-look (`settle`). A *stratum* is what is cut on its own: a source, or with `by=None` the whole corpus.
+The cut follows exactly from the number of rollouts of each kind. Only rollouts tied at the cut need a second look
+(`settle`). A *stratum* is a set of rows with its own cut: a source, or with `by=None` the whole corpus.
 """
 
 import hashlib
@@ -32,19 +32,20 @@ ALL = np.uint64(2**64 - 1)
 @dataclass(frozen=True)
 class Cut:
     """
-    Which rows are kept. Made by [`find_cut`], completed by [`settle`], applied by [`kept_rows`].
+    The decision which rows are kept: made by [`find_cut`], completed by [`settle`], applied by [`kept_rows`].
 
     Attributes:
         spec ([`~trl_mprm.selection.rules.CutSpec`]): The request.
         check_images (`bool`): False if not one image was found and no image root was given.
         sources (`tuple[str]`): Names, sorted.
-        stratum (`np.ndarray`): Of each source, the stratum that it is cut with: one of its own, or one for all. The
-            arrays below have one entry per stratum.
-        valid, cut_score, ties, ties_kept: Usable rows, lowest kept score, rows that have it, and how many are kept.
+        stratum (`np.ndarray`): The stratum of each source: one per source, or one for all. The arrays below have one
+            entry per stratum.
+        valid, cut_score, ties, ties_kept: Usable rows, lowest kept score, rows with that score, and how many of these
+            are kept.
         first_line (`dict`): shard -> number of its first line in its file.
         limit (`np.ndarray` of uint64): Ties with a smaller hash are kept. With `ties="first"` all hashes are 0.
-        equal (`dict`): shard -> how many ties with just that hash are kept, the first ones.
-        window (`tuple`, *optional*): Where the limits lie, as long as they are not settled.
+        equal (`dict`): shard -> how many ties with exactly that hash are kept, the first ones.
+        window (`tuple`, *optional*): Bounds of the limits, as long as they are not settled.
     """
 
     spec: CutSpec
@@ -67,7 +68,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Ties:
-    """Of one shard, by stratum: ties with a hash below the window of a cut, and the hashes inside with their counts."""
+    """A shard's ties by stratum: the number with a hash below the window of a cut, and the hashes inside with counts."""
 
     shard: int
     below: np.ndarray
@@ -76,18 +77,18 @@ class Ties:
 
 def find_cut(summary: Summary, spec: CutSpec, *, images_required: bool = False) -> Cut:
     """
-    The cut of each stratum: `max(1, int(m * fraction))` of its `m` usable rows, the highest scores first.
+    Find the cut of each stratum, which keeps the `max(1, int(m * fraction))` highest-scoring of its `m` usable rows.
 
     Args:
         summary ([`~trl_mprm.selection.summary.Summary`]):
-            Of all rows of the corpus.
+            Summary of all rows of the corpus.
         spec ([`~trl_mprm.selection.rules.CutSpec`]):
             The request.
         images_required (`bool`, *optional*, defaults to `False`):
-            Refuse rows without their images even if not one row has them.
+            Refuse rows whose images are missing even if all images are missing.
 
     Returns:
-        [`Cut`]: Not settled where some ties are kept and others not.
+        [`Cut`]: It is not settled if some ties are kept and others not.
     """
     kinds, stratum = summary.kinds, np.arange(len(summary.sources))
     stratum = stratum * 0 if spec.by is None else stratum
@@ -132,16 +133,16 @@ def _first_lines(summary: Summary) -> dict[int, int]:
     return first_line
 
 
-# Half the width of a window, in standard deviations of the number of hashes below its middle: 8 are missed in fewer than
-# one of 10**14 cuts, and `settle` then looks everywhere.
+# Half the width of a window, in standard deviations of the number of hashes below its middle. At 8 the limit lies outside
+# in fewer than one of 10**14 cuts, and `settle` then searches everywhere.
 WINDOW_WIDTH = 8
 
-# Up to this many ties, all their hashes travel: 16 bytes each.
+# Up to this many ties, all of their hashes are sent, 16 bytes each.
 FEW_TIES = 1000
 
 
 def _window(cut: Cut) -> tuple[np.ndarray, np.ndarray]:
-    """Where the limits lie: hashes spread evenly, so the k-th of n is near k / n."""
+    """Bounds of the limits. Hashes are spread evenly, so the k-th of n is near k / n."""
     low, high = np.zeros(len(cut.valid), np.uint64), np.full(len(cut.valid), ALL)
     if cut.spec.ties == "first":
         return low, np.zeros_like(high)
@@ -154,7 +155,7 @@ def _window(cut: Cut) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tie_counts(scores: Scores, cut: Cut) -> Ties:
-    """The ties of a shard as [`settle`] needs to know them: a few kilobytes."""
+    """The few kilobytes about a shard's ties that [`settle`] needs."""
     low, high = cut.window
     below, inside = np.zeros(len(cut.valid), np.int64), {}
     for number, rows in _tied(scores, cut):
@@ -182,10 +183,12 @@ def settle(cut: Cut, ties: Iterable[Ties]) -> Cut:
             continue
         limit[number] = hashes[order[last]]
         left -= counts[hashes < limit[number]].sum()
-        for shard, (values, count) in zip(ties, inside, strict=True):  # equal hashes: the first rows, shard by shard
+        for shard, (values, count) in zip(
+            ties, inside, strict=True
+        ):  # of equal hashes the first rows are kept, shard by shard
             equal[shard.shard][number] = min(left, count[values == limit[number]].sum())
             left -= equal[shard.shard][number]
-    if missed:  # hashes that do not spread evenly, such as those of one repeated id: look everywhere
+    if missed:  # hashes that are not spread evenly, such as those of one repeated id: search everywhere
         return replace(cut, window=(np.zeros_like(cut.limit), np.full_like(cut.limit, ALL)))
     return replace(cut, limit=limit, equal=equal, window=None)
 
@@ -205,7 +208,7 @@ def kept_rows(scores: Scores, cut: Cut) -> np.ndarray:
 
 
 def _states(scores: Scores, cut: Cut) -> np.ndarray:
-    """Of each kind: 2 above the cut, 1 at the cut, 0 below it or refused."""
+    """For each kind 2 if it is above the cut, 1 at the cut, 0 below it or refused."""
     cut_score = cut.cut_score[_strata(scores, cut)]
     score = score_of_kinds(cut.spec, scores.kinds, scores.value)
     state = np.where(score > cut_score, 2, np.where(score == cut_score, 1, 0))
@@ -213,13 +216,13 @@ def _states(scores: Scores, cut: Cut) -> np.ndarray:
 
 
 def _strata(scores: Scores, cut: Cut) -> np.ndarray:
-    """Of each kind: the stratum that it is in."""
+    """The stratum of each kind."""
     number = {source: index for index, source in enumerate(cut.sources)}
     return cut.stratum[[number[source] for source in scores.sources]][scores.kinds["source"]]
 
 
 def _tied(scores: Scores, cut: Cut) -> Iterator[tuple[int, np.ndarray]]:
-    """A stratum, and its lines at the cut score, ascending."""
+    """Yield each stratum and its lines at the cut score, ascending."""
     stratum = np.append(np.where(_states(scores, cut) == 1, _strata(scores, cut), -1), -1)[scores.kind]
     rows = np.flatnonzero(stratum >= 0)
     rows = rows[np.argsort(stratum[rows], kind="stable")]

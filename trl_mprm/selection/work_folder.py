@@ -1,4 +1,4 @@
-"""The hidden folder in which an output is made before it appears under its name."""
+"""The hidden folder in which an output is prepared before it appears under its name."""
 
 import errno
 import fcntl
@@ -13,8 +13,8 @@ from pathlib import Path
 @contextmanager
 def work_folder(folder: Path) -> Iterator[Path]:
     """
-    A hidden folder for the parts, deleted at the end. It is locked while this process lives; one whose lock is free is
-    of a run that was killed, and is deleted here.
+    A hidden folder for the parts, deleted at the end. It is locked while this process lives; an unlocked one was left by
+    an interrupted run and is deleted here.
     """
     for left in folder.glob(".select.*.part"):
         with suppress(OSError), _locked(left):  # in use, or no locks on this file system: leave it

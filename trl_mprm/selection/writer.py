@@ -1,14 +1,14 @@
 """
-Kept rows under their final names: JSONL, Parquet, a dataset on this disk, a dataset on the Hub.
+Write kept rows under their final names: JSONL, Parquet, a dataset on disk, a dataset on the Hub.
 
-In, what each shard gave: a file of kept lines, one of refused rows, the line numbers. Out, for `--output kept/`:
+Each shard contributes a file of kept lines, a file of refused rows, and line numbers. The result for `--output kept/`:
 
     kept/AI2D.jsonl        the kept lines, byte by byte
     kept/refused.jsonl     {"file": "raw/AI2D.jsonl", "line": 6, "reason": "score_not_a_number"}
     kept/selection.json    the evidence, bound to the files of rows by a hash of each
 
-Nothing appears under its name before it is complete, and the evidence appears last. Of a file as output, `a.jsonl`, it is
-named after it: `a.selection.json`, `a.refused.jsonl`.
+Nothing appears under its name before it is complete, and the evidence appears last. For an output that is a file,
+`a.jsonl`, the evidence is named after it: `a.selection.json`, `a.refused.jsonl`.
 """
 
 import glob
@@ -35,32 +35,32 @@ from ..files import atomic_output, write_json
 from .passes import KeptRows
 
 
-if TYPE_CHECKING:  # `datasets` takes longer to import than a small selection takes: only what makes a data set does
+if TYPE_CHECKING:  # importing `datasets` takes longer than a small selection, so only code that makes a data set does
     from datasets import Features
 
 
 logger = logging.getLogger(__name__)
 
-OTHER_FORMS = (".gz", ".zst", ".zip", ".json", ".csv", ".arrow")  # no names for a folder
+OTHER_FORMS = (".gz", ".zst", ".zip", ".json", ".csv", ".arrow")  # not accepted as names of a folder
 
 
 class SelectionWriter:
     """
-    Where the kept rows of one selection go.
+    Writes the kept rows of one selection.
 
     Args:
         output (`Path`):
             `*.jsonl`, `*.parquet`, or a folder: one JSONL file for each source, or with `save_to_disk` a dataset.
         shards (`list` of [`~trl_mprm.data.shards.Shard`]):
-            Of the inputs.
+            Shards of the inputs.
         inputs (`str`, path, or `list` of paths):
-            As the user gave them.
+            The inputs as the user gave them.
         save_to_disk (`bool`):
             Write a folder for `datasets.load_from_disk`.
         image_root (`str` or path, *optional*):
             Folder of the images. Defaults to the folder of each file.
         page (`str` or path, *optional*):
-            Where the page about the selection goes.
+            Path of the page about the selection.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class SelectionWriter:
             )
 
     def write(self, report: dict, emitted: list[KeptRows], parts: Path, page: str | None = None) -> None:
-        """Put the parts of the shards together, in order, and all that was made under its final name."""
+        """Join the parts of the shards in order, and move every output to its final name."""
         with ExitStack() as stack:
             if page is not None:
                 stack.enter_context(atomic_output(self.page)).write_text(page, "utf-8")  # appears at the end
@@ -139,14 +139,14 @@ class SelectionWriter:
             else:
                 self._write_lines(ready, report, emitted, parts)
             self._write_evidence(ready / self.report.name, ready / self.refused.name, report, parts)
-            # From here on a kill leaves rows without a report: never the report of an earlier run beside other rows
+            # An interruption from here on leaves rows without a report, never an earlier run's report beside other rows
             for file in (self.report, self.refused):
                 file.unlink(missing_ok=True)
             for file in sorted(ready.iterdir(), key=lambda file: file.name == self.report.name):
                 file.rename(self.folder / file.name)
 
     def _write_lines(self, ready: Path, report: dict, emitted: list[KeptRows], parts: Path) -> None:
-        """The kept lines of each source in its file, or of all in one; `revision` is of all of them, in order."""
+        """Write the kept lines of each source to its file, or all to one; `revision` is the hash of all, in order."""
         names = [self.output.name if self.output in self.targets else f"{s.source}.jsonl" for s in self.shards]
         digests = {name: xxhash.xxh3_128() for name in names}
         revision = xxhash.xxh3_128()
@@ -171,7 +171,7 @@ class SelectionWriter:
         write_json(report, target)
 
     def _revision(self, parts: Path) -> str:
-        """XXH3-128 of the kept lines in order, whatever their files: the name of a subset."""
+        """XXH3-128 of the kept lines in order, whatever their files, which names a subset."""
         revision = xxhash.xxh3_128()
         for shard in self.shards:
             for block in _blocks(parts / f"{shard.index}.kept"):
@@ -214,7 +214,7 @@ class SelectionWriter:
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
 
     def rows(self, emitted: list[KeptRows], parts: Path, report: dict, resolve: bool) -> Callable[[], Iterator[dict]]:
-        """Kept records in the row type, as often as they are asked for. `resolve`: image paths become real paths."""
+        """Kept records in the row type; can be iterated repeatedly. `resolve` makes image paths real paths."""
         check = resolve and report["images"] == "checked"
         return partial(self._read_rows, emitted, parts, report["drop_answer_step"], check)
 
@@ -232,7 +232,7 @@ class SelectionWriter:
                         "rollout_id": own_text(record, "rollout_id") or f"{shard.source}:{number}",
                     }
                     row = to_row(record, drop_answer_step) | {"images": find_images(record, finder)} | own
-                    yield row | {  # fields that a row has no place for, as text
+                    yield row | {  # all other fields of a record, as text
                         self._text(key): self._text(value)
                         for key, value in record.items()
                         if value is not None and key not in READ_KEYS
@@ -258,7 +258,7 @@ class SelectionWriter:
 
 
 def _matches(pattern: str, path: Path) -> bool:
-    """Whether a glob would find a path, were it there."""
+    """Whether a glob would match a path that need not exist."""
 
     def fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
         if not pattern or not names:
@@ -271,7 +271,7 @@ def _matches(pattern: str, path: Path) -> bool:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """A folder that this program wrote, and nobody has changed since: all other ones stay as they are."""
+    """Raise unless this program wrote a folder and nobody has changed it since, so that it may be replaced."""
     report = read_report(folder / "selection.json") if (folder / "selection.json").is_file() else None
     files = {} if report is None else report["output"]
     ours = {*files, "state.json", "dataset_info.json", "selection.json", "refused.jsonl"}
@@ -289,7 +289,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _sources_of_lines(names: list[str], emitted: list[KeptRows]) -> dict[str, list]:
-    """Files in which a line cannot tell its source by the name of the file, and the sources of their lines in order."""
+    """Files whose name does not tell the source of each line, with the sources of their lines in order."""
     runs: dict[str, list] = {}
     for name, shard in zip(names, emitted, strict=True):
         for source, n_rows in shard.runs:
