@@ -286,7 +286,7 @@ def test_weights_scale_the_loss_by_hand(tiny_folders, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mc_counts": None}, r'row r:0: loss_type="beta_binomial" needs `mc_counts`, one a step.*got None'),
+        ({"mc_counts": None}, r'row r:0: loss_type="beta_binomial" needs `mc_counts`, one per step.*got None'),
         ({"mc_counts": [17]}, "row r:0: count of step 0 is 17, expected 0 to 16"),
         ({"mc_total": 0}, "row r:0.*`mc_total` above 0, got .* and 0"),
     ],

@@ -415,8 +415,8 @@ def test_bad_counts_stop_before_training(tiny_folders, tmp_path):
     args = config(tmp_path, loss_type="beta_binomial")
     for change, message in [
         ({"mc_counts": [0, 17]}, "count of step 1 is 17, expected 0 to 16"),
-        ({"mc_counts": [0]}, "`mc_counts`, one a step"),
-        ({"mc_counts": None}, "`mc_counts`, one a step"),
+        ({"mc_counts": [0]}, "`mc_counts`, one per step"),
+        ({"mc_counts": None}, "`mc_counts`, one per step"),
         ({"mc_total": 0}, "`mc_total` above 0"),
     ]:
         data = Dataset.from_list([*rows[:40], rows[40] | change])

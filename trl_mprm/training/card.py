@@ -1,5 +1,5 @@
 """
-The record of a training, from which [`~trl_mprm.cards.model_card`] writes the card: plain data, no path, no token.
+The record of a training run, from which [`~trl_mprm.cards.model_card`] writes the card: plain data, no paths or tokens.
 
     {"name": "prm", "repo": None, "base_model": "Qwen/Qwen2.5-VL-7B-Instruct", "base_model_on_hub": True,
      "dataset": {"rows": 12000, "steps": 61000, "name": "org/rollouts", "on_hub": True, ...},
@@ -36,15 +36,15 @@ EVALUATION_FACTS = ("eval_loss", "eval_macro_f1_pooled", "eval_auc")
 
 def run_record(trainer: Trainer, dataset: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
     """
-    Say what a card says of a run, as plain data; every figure comes from the run.
+    Collect the content of a card as plain data; every figure comes from the run.
 
     Args:
         trainer ([`ProcessRewardTrainer`]):
             The run.
         dataset (`dict`):
-            What [`describe_dataset`] counted.
+            Result of [`describe_dataset`].
         names (`dict`):
-            What the run cannot know: `model_name`, `dataset_name`, `dataset_revision`, `license`, `tags`, where given.
+            Facts that the run cannot know: `model_name`, `dataset_name`, `dataset_revision`, `license`, `tags`, if given.
     """
     model, args, selection = trainer.model, trainer.args, trainer.selection
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -103,8 +103,8 @@ def _training(trainer: Trainer) -> dict[str, Any]:
 
 
 def _quantization(base: PreTrainedModel) -> dict[str, Any] | None:
-    """What `BitsAndBytesConfig` has to be given for the weights that were trained on; `None` where none are in 4 bit."""
-    if not getattr(base, "is_loaded_in_4bit", False):  # a model that is not has no such attribute
+    """Arguments of `BitsAndBytesConfig` that load the base as it was trained on; `None` if nothing is in 4 bit."""
+    if not getattr(base, "is_loaded_in_4bit", False):  # other models lack this attribute
         return None
     given = base.config.quantization_config.to_diff_dict()
     return {key: value for key, value in given.items() if key == "load_in_4bit" or key.startswith("bnb_4bit_")}
@@ -117,8 +117,8 @@ def _last_evaluation(trainer: Trainer) -> dict[str, float] | None:
 
 def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     """
-    Count rows, steps and sources of the training rows for the card, and take a question and its steps for an example: the
-    shortest of the first hundred. A stream has none of these, rows of tokens no example.
+    Count rows, steps and sources of the training data for the card, and take the shortest of the first hundred questions
+    with its steps as an example. A stream has none of these; rows of tokens have no example.
     """
     if isinstance(dataset, IterableDataset):
         return {}

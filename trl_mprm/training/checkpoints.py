@@ -1,5 +1,5 @@
 """
-Which checkpoint can be resumed from, and what is wrong with the others.
+Find the checkpoint to resume from, and say what is wrong with the others.
 
     run/checkpoint-2/{adapter_model.safetensors, adapter_config.json, optimizer.pt, scheduler.pt, rng_state.pth,
                       trainer_state.json}      Trainer writes the weights first and trainer_state.json last, in place
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str:
-    """The last checkpoint in `folder` all of whose files load; a warning names what is wrong with a later one."""
+    """The last checkpoint in `folder` whose files all load; a warning says what is wrong with any later one."""
     numbered = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")}
     steps = {path: int(match[1]) for path, match in numbered.items() if match}
     for checkpoint in sorted(steps, key=steps.get, reverse=True):
@@ -37,7 +37,7 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str:
 
 
 def checkpoint_fault(checkpoint: str | os.PathLike) -> str | None:
-    """What keeps a training from being resumed from a checkpoint; None where all of its files load."""
+    """The reason why training cannot resume from a checkpoint; None if all of its files load."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -70,7 +70,7 @@ def checkpoint_fault(checkpoint: str | os.PathLike) -> str | None:
         return str(error)
     for name in (OPTIMIZER_NAME, SCHEDULER_NAME, *random):
         try:
-            with safe_globals():  # mapped, not read: what is cut has no directory at its end
+            with safe_globals():  # mapped, not read; a truncated file lacks the directory at its end
                 torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             return f"{name} does not load: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -78,7 +78,7 @@ def checkpoint_fault(checkpoint: str | os.PathLike) -> str | None:
 
 
 def check_checkpoint(checkpoint: str | os.PathLike) -> None:
-    """Raise `ValueError` unless a training can be resumed from a checkpoint."""
+    """Raise `ValueError` unless training can resume from a checkpoint."""
     fault = checkpoint_fault(checkpoint)
     if fault is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Checks of the data sets of a training, before it starts."""
+"""Check the data sets of a training run before it starts."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def _where(dataset: Dataset, name: str, index: int) -> str:
 def check_dataset(
     dataset: Dataset | IterableDataset, name: str, loss_type: str = "hard", source_weights: bool = False
 ) -> None:
-    """Raise `ValueError` for the first row without steps or usable labels, before training; streams fail at the row."""
+    """Raise `ValueError` for the first row without steps or usable labels; rows of a stream are checked as they come."""
     if isinstance(dataset, dict):
         raise ValueError(
             f"{name} is a dict of data sets ({', '.join(map(str, dataset))}): give one of them, as {name}[{next(iter(dataset))!r}]"
@@ -53,7 +53,7 @@ def check_dataset(
         raise ValueError(
             f"{name} is a {type(dataset).__name__}, expected a datasets.Dataset: Dataset.from_list makes one of rows"
         )
-    if dataset.column_names is None:  # of a stream, as after a map; its rows are checked as they come
+    if dataset.column_names is None:  # a stream after a map; its rows are checked as they come
         return
     loss = LOSSES[loss_type]
     if "input_ids" in dataset.column_names:
@@ -69,7 +69,7 @@ def check_dataset(
         )
     if "image" in dataset.column_names and "images" not in dataset.column_names:
         raise ValueError(
-            f"{name} has a column `image`, expected `images`, a list a row: "
+            f"{name} has a column `image`, expected `images`, a list per row: "
             'map(lambda row: {"images": [row["image"]]}, remove_columns="image")'
         )
     if isinstance(dataset, IterableDataset):
@@ -77,7 +77,7 @@ def check_dataset(
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows: check the selection")
     if "input_ids" in dataset.column_names:
-        return  # one label a token; the collator checks each row
+        return  # one label per token; the collator checks each row
     table = arrow_columns(dataset, *expected - {"source"})
     if _all_rows_fit(table) and loss.fits(table):
         return
@@ -97,7 +97,7 @@ def _lists_of(column: pa.ChunkedArray, *tests: Callable[[pa.DataType], bool]) ->
 
 
 def _all_rows_fit(table: pa.Table) -> bool:
-    """Whether no row can fail [`check_row`], told from whole columns."""
+    """Whether the columns as a whole show that no row can fail [`check_row`]."""
     prompts, steps, labels = table["prompt"], table["completions"], table["labels"]
     if prompts.null_count or not (pa.types.is_nested(prompts.type) or any(test(prompts.type) for test in TEXTS)):
         return False
@@ -107,7 +107,7 @@ def _all_rows_fit(table: pa.Table) -> bool:
     texts, values = pc.list_flatten(steps), pc.list_flatten(labels).cast(pa.float64())
     if texts.null_count or values.null_count:
         return False
-    # A visible letter of ASCII makes a text; what has none is asked one by one.
+    # A visible ASCII character makes a text non-blank; texts without one are checked one by one.
     others = texts.filter(pc.invert(pc.match_substring_regex(texts, "[!-~]")))
     blank = not all(map(is_text, others.to_pylist()))
     usable = pc.or_(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1)), pc.equal(values, IGNORE_INDEX))
@@ -117,13 +117,13 @@ def _all_rows_fit(table: pa.Table) -> bool:
 
 
 def check_images(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raise `ValueError` for the first row with a picture that is not there, before training; a broken one later."""
+    """Raise `ValueError` for the first row with a missing picture; broken pictures are found when they are read."""
     if isinstance(dataset, IterableDataset) or "images" not in dataset.column_names:
         return
-    stored = dataset.data.column("images")  # of the whole file, of which the data set may be a selection
+    stored = dataset.data.column("images")  # of the whole file, from which the data set may select rows
     if not _is_list(stored.type) and not pa.types.is_null(stored.type):
         raise ValueError(
-            f"{name}: the column `images` has one {stored.type} a row, expected a list of pictures a row: "
+            f"{name}: the column `images` has one {stored.type} per row, expected a list of pictures: "
             'map(lambda row: {"images": [row["images"]]})'
         )
     pictures = pc.list_flatten(stored) if _is_list(stored.type) else stored
@@ -147,11 +147,11 @@ def check_images(dataset: Dataset | IterableDataset, name: str) -> None:
 
 
 def _is_there(path: str) -> bool:
-    return "://" in path or os.path.isfile(path)  # what lies behind a URL is seen when it is read
+    return "://" in path or os.path.isfile(path)  # a URL is checked when it is read
 
 
 def check_no_images(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raise `ValueError` for the first row with pictures, of a text-only model, before training."""
+    """Raise `ValueError` for the first row with pictures if the model reads only text."""
     if isinstance(dataset, IterableDataset) or "images" not in dataset.column_names:
         return
     first = 0
@@ -168,7 +168,7 @@ def check_no_images(dataset: Dataset | IterableDataset, name: str) -> None:
 
 
 def check_lengths(dataset: Dataset | IterableDataset, name: str, column: str, max_length: int) -> None:
-    """Raise `ValueError` for the longest row where it is too long, before training."""
+    """Raise `ValueError` for the longest row if it is too long."""
     if isinstance(dataset, IterableDataset):
         return
     lengths = np.array(dataset[column][:])
@@ -181,7 +181,7 @@ def check_lengths(dataset: Dataset | IterableDataset, name: str, column: str, ma
 
 
 def check_prompts(dataset: Dataset | IterableDataset, forbidden: list[str], name: str) -> None:
-    """Raise `ValueError` for the first question with a special token, before training; streams fail at the row."""
+    """Raise `ValueError` for the first question with a special token; rows of a stream are checked as they come."""
     if isinstance(dataset, IterableDataset) or not forbidden or "input_ids" in dataset.column_names:
         return
     prompts = arrow_columns(dataset, "prompt")["prompt"]

@@ -1,11 +1,11 @@
 """
-What TRL's `PRMTrainer` (up to 1.13) had of its own, for those who come from it.
+Features particular to TRL's `PRMTrainer` (up to 1.13), for those who migrate from it.
 
     {"prompt": "2+2?", "completions": ["2+2", "is 4"], "labels": [True, False]}
     input_ids  2 + 2 ?  2 + 2 \\n  i s _ 4 \\n
     labels     . . . .  . . . 1   . . . .  0        (. is -100)
 
-A data set of such `input_ids` and `labels` is trained on as it is.
+A data set of such `input_ids` and `labels` can be trained on directly.
 """
 
 from typing import Any
@@ -31,15 +31,14 @@ def tokenize_row(
 
     Args:
         features (`dict`):
-            A row with `prompt`, `completions` and `labels`. A label that is no whole number stays what it is; TRL made
-            0.7 a 0.
+            A row with `prompt`, `completions` and `labels`. A fractional label is kept; TRL truncated 0.7 to 0.
         tokenizer, step_separator, max_length, max_completion_length, train_on_last_step_only:
             As in [`ProcessRewardConfig`].
         is_eval (`bool`):
-            Whether the row is evaluated on; then each step keeps its label.
+            Whether the row is used for evaluation, where each step keeps its label.
 
     Returns:
-        `dict`: `input_ids` and `labels`, as many of each.
+        `dict`: `input_ids` and `labels`, of equal length.
 
     Examples:
     ```python
@@ -69,14 +68,15 @@ def tokenize_row(
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """
-    Share of the labelled steps that are told right. Or, of pairs of rewards, how often the first one is the higher.
+    Share of the labelled steps that are predicted correctly or, for pairs of rewards, of pairs whose better reward is
+    the higher.
 
     Args:
         prediction ([`~transformers.EvalPrediction`]):
             Predictions and labels: logits of the two classes `(rows, tokens, 2)` and labels `(rows, tokens)`, -100
-            where there is none; or the logits of P(step good) that [`ProcessRewardTrainer`] gives, `(rows, steps)`, and
-            labels of their shape; or rewards `(rows, 2)` and the place of the better one `(rows,)`, of which equal ones
-            do not count.
+            where there is none; or the logits of P(step good) from [`ProcessRewardTrainer`], `(rows, steps)`, and labels
+            of the same shape; or rewards `(rows, 2)` and the index of the better one `(rows,)`, where equal rewards do
+            not count.
 
     Examples:
     ```python
@@ -100,7 +100,7 @@ def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def last_step_only(dataset: Dataset | IterableDataset, num_proc: int | None = None) -> Dataset | IterableDataset:
     """The rows with the label of their last step alone."""
     features = dataset.features
-    if features is not None:  # a column of booleans would make True of -100
+    if features is not None:  # a column of booleans would turn -100 into True
         features = Features({**features, "labels": List(Value("float64"))})
     kwargs = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
     return dataset.map(_last_label, input_columns="labels", features=features, **kwargs)

@@ -1,8 +1,8 @@
 """
-Everything that reaches into transformers' Trainer: what is overridden or set, where it stands upstream, and why.
+All code that reaches into transformers' Trainer. Each override or setting names its upstream code, and why it is needed.
 
-Upstream is transformers/trainer.py where no other file is named. What reaches into a model or into PEFT is in `models/`:
-`adapters`, `classifier`, `distinct_images`, `shared_prefix`.
+Upstream is transformers/trainer.py unless another file is named. Code that reaches into a model or into PEFT is in
+`models/`: `adapters`, `classifier`, `distinct_images`, `shared_prefix`.
 """
 
 import copy
@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 
 def host_args(args: ProcessRewardConfig, model: PreTrainedModel, streams: bool) -> ProcessRewardConfig:
     """
-    A copy of the configuration with what Trainer reads from there and nowhere else.
+    Return a copy of the configuration with settings that Trainer reads only from there.
 
-    - `Trainer.__init__` takes `label_names` for the keys of a batch that are labels; left open, it guesses them from the
+    - `Trainer.__init__` reads `label_names`, the keys of a batch that are labels. If unset, it guesses them from the
       class of the model, and warns that it cannot for a PEFT model.
-    - `Trainer._build_accelerator_args` takes `ddp_find_unused_parameters`: rows without image leave the projector
+    - `Trainer._build_accelerator_args` reads `ddp_find_unused_parameters`: rows without images leave the projector
       without gradient.
-    - `Trainer.create_accelerator_and_postprocess` takes `accelerator_config`: accelerate would dispatch a batch of a
-      stream by cutting every tensor of it by rows, and those of pictures have other rows.
-    - `Trainer._get_dataloader` takes `dataloader_pin_memory`: torch warns where there is no device to pin it for.
+    - `Trainer.create_accelerator_and_postprocess` reads `accelerator_config`: accelerate would dispatch a batch of a
+      stream by slicing every tensor by rows, but the rows of picture tensors are not the rows of the batch.
+    - `Trainer._get_dataloader` reads `dataloader_pin_memory`: torch warns if there is no device to pin memory for.
     """
     args = copy.copy(args)
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
@@ -60,15 +60,15 @@ def host_args(args: ProcessRewardConfig, model: PreTrainedModel, streams: bool) 
 
 
 def check_sharing(model: PreTrainedModel, args: ProcessRewardConfig) -> None:
-    """Raise `ValueError` where the prefix of a question cannot be run once."""
+    """Raise `ValueError` if the prefix of a question cannot be shared."""
     if not args.share_prefix:
         return
     if not can_share_prefix(model):
         raise ValueError(f"share_prefix: {type(model).__name__} keeps more of its past than keys and values")
-    # `accelerate launch` says it in the environment, before there is an Accelerator to ask.
+    # `accelerate launch` sets the environment variable before an Accelerator exists.
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled():
         raise ValueError(
-            "share_prefix under FSDP or DeepSpeed ZeRO-3: a process calls the model once a question, and those with "
+            "share_prefix under FSDP or DeepSpeed ZeRO-3: a process calls the model once per question, and those with "
             "fewer questions would leave the others waiting for their weights; train with DDP, or without it"
         )
 
@@ -78,8 +78,8 @@ def one_forward_per_batch(model: torch.nn.Module, reader: StepReader) -> None:
     Let `model(groups=batch)` read all groups of a batch.
 
     torch's DistributedDataParallel (torch/nn/parallel/distributed.py, `forward`) averages gradients of the parameters
-    that one call of its `forward` used, and processes have different numbers of groups: the wrapper is called once, and
-    what it wraps as often as needed.
+    used by one call of its `forward`, but processes have different numbers of groups. So the wrapper is called once, and
+    the wrapped model as often as needed.
     """
     forward = model.forward
     model.forward = lambda *args, groups=None, **kwargs: (
@@ -89,10 +89,10 @@ def one_forward_per_batch(model: torch.nn.Module, reader: StepReader) -> None:
 
 class DecoderInputGradients(TrainerCallback):
     """
-    Let gradients into the decoder's input alone, for activation checkpointing.
+    Require gradients only at the decoder's input, for activation checkpointing.
 
-    `PreTrainedModel.enable_input_require_grads` (transformers/modeling_utils.py), which Trainer calls, does so for every
-    part of a model; a frozen vision encoder would then be run for gradients that nobody needs.
+    `PreTrainedModel.enable_input_require_grads` (transformers/modeling_utils.py), which Trainer calls, requires them in
+    every part of a model, so that a frozen vision encoder would compute gradients that nobody needs.
     """
 
     def on_train_begin(self, args, state, control, model, **kwargs) -> None:
@@ -102,14 +102,14 @@ class DecoderInputGradients(TrainerCallback):
 
 
 class HostedTrainer(Trainer):
-    """The overrides of Trainer that have nothing to do with rewards: rows, order, checkpoints, the Hub."""
+    """Overrides of Trainer that do not concern rewards but rows, their order, checkpoints and the Hub."""
 
-    # `Trainer.training_step`: the loss is divided by the labelled steps of the whole accumulated batch already.
+    # `Trainer.training_step`: the loss has already been divided by the labelled steps of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # `Trainer._get_num_items_in_batch` counts the labels of the accumulated batch over all processes only if so;
+        # `Trainer._get_num_items_in_batch` counts the labels of the accumulated batch over all processes only if this is set;
         # `__init__` guesses it from the signature of the model's forward.
         self.model_accepts_loss_kwargs = True
         if (
@@ -119,31 +119,31 @@ class HostedTrainer(Trainer):
         ):
             self.add_callback(DecoderInputGradients())
         # accelerate's FullyShardedDataParallelPlugin (accelerate/utils/dataclasses.py, `set_auto_wrap_policy`) shards the
-        # layers that the launcher's file names, and guesses where it names none. Layers of the decoder alone: an encoder
-        # does not run in a process that has no image.
+        # layers that the launcher's file names, and guesses if it names none. Here only layers of the decoder are
+        # sharded, because an encoder does not run in a process that has no image.
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = [type(base_of(self.model).get_decoder().layers[0]).__name__]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As in [`~transformers.Trainer`]; with `True`, from the last checkpoint that was written to its end."""
+        """As in [`~transformers.Trainer`], but `True` resumes from the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:  # without an optimizer's state Trainer would begin a new one, and say nothing
+        elif resume_from_checkpoint:  # without an optimizer state Trainer would silently start afresh
             check_checkpoint(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, **kwargs)
         self._check_weights()
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer does, which would log the mean of earlier losses where one is not finite, and go on."""
+        """Raise `ValueError` if a loss is not finite; Trainer would log the mean of earlier losses and go on."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of step {self.state.global_step + 1} is {loss.item()}{self._diverged()}")
         return loss
 
     def _check_weights(self) -> None:
-        """Raise `ValueError` where a trained weight of this process is not finite."""
+        """Raise `ValueError` if a trained weight of this process is not finite."""
         for name, parameter in self.model.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if parameter.requires_grad and not torch.isfinite(local).all():
@@ -159,7 +159,7 @@ class HostedTrainer(Trainer):
     # ---- rows and their order
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
-        """As Trainer does, of rows that know their number and whose pictures the collator opens."""
+        """As in Trainer, with rows that know their number and whose pictures the collator opens."""
         if isinstance(dataset, Dataset):
             dataset = NumberedRows(dataset)
         elif isinstance(dataset, IterableDataset):
@@ -167,7 +167,7 @@ class HostedTrainer(Trainer):
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """As Trainer does; an order of its own for questions that stay together, and one that a resumption repeats."""
+        """As in Trainer, but in an order that a resumed run repeats, and that can keep questions together."""
         dataset = _rows_of(self.train_dataset if train_dataset is None else train_dataset)
         if isinstance(dataset, Dataset) and self.args.share_prefix:
             return EpochSampler(by_prompt(prompt_groups(dataset)), len(dataset), self._order_seed)
@@ -176,10 +176,12 @@ class HostedTrainer(Trainer):
         return super()._get_train_sampler(dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        """As Trainer does, where it would count the elements of `input_ids`, which rows do not have."""
+        """As in Trainer, which would count the elements of `input_ids`, a column that rows do not have."""
         dataset = _rows_of(eval_dataset)
         if isinstance(dataset, Dataset) and self.args.train_sampling_strategy == "group_by_length":
-            if self.args.length_column_name not in dataset.column_names:  # not one that the trainer was made with
+            if (
+                self.args.length_column_name not in dataset.column_names
+            ):  # not a data set that the trainer was created with
                 dataset = with_lengths(
                     dataset, self.processing_class, self.args.step_format, self.args.length_column_name
                 )
@@ -197,7 +199,7 @@ class HostedTrainer(Trainer):
     # ---- checkpoints
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        """As Trainer does, but a full model by its own loader: some keep other names in a checkpoint than in memory."""
+        """As in Trainer, but with a full model's own loader: parameter names in a checkpoint may differ from those in memory."""
         model = self.model if model is None else model
         base = type(base_of(self.model)).__name__
         adapter = Path(resume_from_checkpoint, ADAPTER_CONFIG_NAME)
@@ -224,14 +226,14 @@ class HostedTrainer(Trainer):
             ) from error
 
     def _load_best_model(self) -> None:
-        """As Trainer does, by the same loader."""
+        """As in Trainer, with the same loader."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer does, without its pickle of the arguments: nothing here reads it, and a Hub token may be in it."""
+        """As in Trainer, but without the pickled arguments, which nothing here reads and which may hold a Hub token."""
         self._check_weights()
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
@@ -241,10 +243,10 @@ class HostedTrainer(Trainer):
             self.save_beside_weights(folder)
 
     def save_beside_weights(self, folder: Path) -> None:
-        """What else a saved model needs."""
+        """Write the other files that a saved model needs."""
 
     def _hide_local_base(self, adapter_config: Path) -> None:
-        """In an adapter that goes to the Hub, a base in a local folder is named without its path."""
+        """In an adapter for the Hub, name a base in a local folder without its path."""
         if self.hub_model_id is None or not adapter_config.is_file():
             return
         values = json.loads(adapter_config.read_text(encoding="utf-8"))
@@ -256,7 +258,7 @@ class HostedTrainer(Trainer):
     # ---- the Hub
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint as it is, complete and loadable; Trainer would pickle the arguments, with the Hub token."""
+        """Push a complete, loadable checkpoint; Trainer would include the pickled arguments, with the Hub token."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -270,12 +272,12 @@ class HostedTrainer(Trainer):
             token=self.args.hub_token,
             revision=self.args.hub_revision,
             run_as_future=True,
-            ignore_patterns=["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME],  # to resume, not to use
+            ignore_patterns=["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME],  # needed to resume, not to use the model
         )
         self.push_in_progress = PushInProgress([job])
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.21 takes the token alone
-        """Make the repository. Where the Hub cannot be reached, training goes on and pushes nothing."""
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.21 passes the token only
+        """Create the repository. If the Hub cannot be reached, training goes on and pushes nothing."""
         try:
             super().init_hf_repo(*args, **kwargs)
         except HfHubHTTPError:
@@ -288,7 +290,7 @@ class HostedTrainer(Trainer):
 
     def push_to_hub(self, *args, **kwargs) -> Any:
         """
-        Publish model and card, as [`~transformers.Trainer.push_to_hub`] does. Where the Hub cannot be reached, both are
+        Publish model and card, as [`~transformers.Trainer.push_to_hub`] does. If the Hub cannot be reached, both are
         written locally, and a warning tells how to push later.
         """
         try:

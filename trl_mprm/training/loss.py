@@ -1,12 +1,12 @@
 """
-From step logits and Monte Carlo labels to the loss of a step.
+Compute the loss of each step from its logits and Monte Carlo label.
 
     hard, soft        cross entropy over two reward tokens, with target 1[MC score > threshold] or the MC score itself
     beta_binomial     likelihood of the count: K good continuations of N, K ~ BetaBinomial(N, mean * c, (1 - mean) * c)
 
 Every function returns one number per step; their mean is taken over the steps of the whole accumulated batch.
 
-A loss is one entry of `LOSSES`: the command line, the checks of a data set, the collator and the trainer read it there.
+A loss is an entry of `LOSSES`, which the command line, the checks of data sets, the collator and the trainer read.
 """
 
 from collections.abc import Callable
@@ -25,23 +25,23 @@ from ..models.reader import concentration, good_minus_bad
 @dataclass(frozen=True)
 class StepLoss:
     """
-    What a loss is, and what it needs of a row beside `labels`.
+    A loss, and the data that it needs from a row beside `labels`.
 
     Args:
         help (`str`):
             Its line in the help of `loss_type`.
         losses (`Callable`):
-            From logits `(steps, tokens read)`, targets `(steps,)`, its columns (`dict` of tensors `(steps,)`) and the
+            Maps logits `(steps, tokens read)`, targets `(steps,)`, columns (`dict` of tensors `(steps,)`) and the
             configuration to losses `(steps,)`.
         targets (`Callable`):
-            From labels `(steps,)` and `hard_threshold` to targets P(step good).
+            Maps labels `(steps,)` and `hard_threshold` to targets P(step good).
         columns (`tuple[str, ...]`, *optional*):
-            Columns that a data set must have for it.
+            Columns that a data set must have for this loss.
         of_row (`Callable`, *optional*):
-            From a row and its name in errors to its labels and to the columns of `losses`, each with one number per
+            Maps a row and its name in errors to its labels and to the columns of `losses`, each with one number per
             step. Raises `ValueError` for a row that the loss cannot use.
         fits (`Callable`, *optional*):
-            Whether `of_row` takes all rows of a table whose labels are right; told from whole columns.
+            Whether `of_row` accepts all rows of a table whose labels are valid, judged by whole columns.
         reads_marker (`bool`, *optional*, defaults to `False`):
             Whether the third logit, that of the marker, is read; a classification head has none.
     """
@@ -62,7 +62,7 @@ def weighted_losses(
     logits: torch.Tensor, labels: torch.Tensor, columns: dict[str, torch.Tensor], config: Any
 ) -> torch.Tensor:
     """
-    Losses of the steps of a batch, by class and by row weighted.
+    Compute the losses of the steps of a batch, weighted by class and by row.
 
     Args:
         logits (`torch.Tensor`):
@@ -70,10 +70,10 @@ def weighted_losses(
         labels (`torch.Tensor`):
             Labels of the same steps, shape `(steps,)`.
         columns (`dict[str, torch.Tensor]`):
-            What the collator keeps for the loss, shape `(steps,)` each; `row_weights` is among them where rows weigh
-            differently.
+            Columns that the collator keeps for the loss, shape `(steps,)` each, including `row_weights` if rows have
+            different weights.
         config ([`ProcessRewardConfig`]):
-            Its `loss_type`, `hard_threshold`, `class_weights`, and what the loss itself reads.
+            Provides `loss_type`, `hard_threshold`, `class_weights`, and the settings of the loss itself.
     """
     loss = LOSSES[config.loss_type]
     targets = loss.targets(labels, config.hard_threshold)
@@ -85,7 +85,7 @@ def weighted_losses(
 
 def step_targets(labels: torch.Tensor, loss_type: str = "hard", threshold: float = 0.0) -> torch.Tensor:
     """
-    Turn step labels into targets P(step good): `1[label > threshold]` if hard, else the label itself.
+    Turn step labels into targets P(step good): `1[label > threshold]` for `"hard"`, otherwise the label itself.
 
     Args:
         labels (`torch.Tensor`):
@@ -111,7 +111,7 @@ def step_targets(labels: torch.Tensor, loss_type: str = "hard", threshold: float
 
 def step_losses(step_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Cross entropy over the reward tokens, a step each.
+    Cross entropy over the reward tokens, one value per step.
 
     The paper's two-way cross entropy with target `[p, 1 - p]` over the logits of "Yes" and "No" depends on their
     difference alone, so it is binary cross entropy on `step_logits = logit(Yes) - logit(No)`.
@@ -142,7 +142,7 @@ def beta_binomial_losses(
     penalty: float = 0.05,
 ) -> torch.Tensor:
     """
-    Negative log likelihood of the good continuations of each step, as of Beta-Binomial PRMs (arXiv 2605.15529).
+    Negative log likelihood of each step's count of good continuations, as in Beta-Binomial PRMs (arXiv 2605.15529).
 
     Args:
         step_logits (`torch.Tensor`):
@@ -154,8 +154,8 @@ def beta_binomial_losses(
         totals (`torch.Tensor`):
             N of each step, same shape.
         penalty (`float`, *optional*, defaults to `0.05`):
-            Of a high concentration where the mean is off: `penalty * |mean - K/N| * concentration`, which trains the
-            concentration alone.
+            Weight of the penalty on high concentration where the mean is off, `penalty * |mean - K/N| * concentration`,
+            which trains only the concentration.
 
     Examples:
     ```python
@@ -183,7 +183,7 @@ def _log_beta(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def class_weighted(losses: torch.Tensor, targets: torch.Tensor, good: float, bad: float) -> torch.Tensor:
     """
-    Weigh losses by class; a soft target belongs to both classes in its share.
+    Weight losses by class; a soft target belongs to both classes in proportion.
 
     Examples:
     ```python
@@ -198,11 +198,11 @@ def class_weighted(losses: torch.Tensor, targets: torch.Tensor, good: float, bad
 
 
 def _counts_of_row(row: dict[str, Any], name: str) -> tuple[list[float], dict[str, list[float]]]:
-    """Labels as shares of counts, and the total of each step; raises where a labelled step has no count."""
+    """Labels as shares K/N, and the total N of each step; raises `ValueError` if a labelled step has no count."""
     counts, total = row.get("mc_counts"), row.get("mc_total")
     if counts is None or not total or len(counts) != len(row["labels"]):
         raise ValueError(
-            f'{name}: loss_type="beta_binomial" needs `mc_counts`, one a step, and `mc_total` above 0, '
+            f'{name}: loss_type="beta_binomial" needs `mc_counts`, one per step, and `mc_total` above 0, '
             f"got {counts!r:.60} and {total!r}"
         )
     labels = []
@@ -214,7 +214,7 @@ def _counts_of_row(row: dict[str, Any], name: str) -> tuple[list[float], dict[st
 
 
 def _all_counts_fit(table: pa.Table) -> bool:
-    """Whether no row that fits can fail [`_counts_of_row`]."""
+    """Whether the columns as a whole show that no row can fail [`_counts_of_row`]."""
     counts, totals = table["mc_counts"], table["mc_total"]
     lists = pa.types.is_list(counts.type) or pa.types.is_large_list(counts.type)
     if not lists or not pa.types.is_integer(counts.type.value_type) or counts.null_count or totals.null_count:

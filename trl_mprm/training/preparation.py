@@ -1,4 +1,4 @@
-"""From a model's name to what is trained: loaded, with the marker, the vision encoder frozen, an adapter on it."""
+"""Prepare a model for training: load it, add the marker, freeze the vision encoder, put an adapter on it."""
 
 import copy
 from pathlib import Path
@@ -25,11 +25,11 @@ from .config import ProcessRewardConfig
 
 
 def with_head(args: ProcessRewardConfig, model: str | PreTrainedModel | PeftModel) -> ProcessRewardConfig:
-    """A copy of the configuration that says which head is trained, by the model where it was left open."""
+    """Return a copy of the configuration that says which head is trained, decided by the model if it was unset."""
     args = copy.copy(args)
     if args.reward_head is None:
         if isinstance(model, str) and (Path(model) / ADAPTER_CONFIG_NAME).is_file():
-            classifies = False  # [`load_model`] says what is wrong with it
+            classifies = False  # [`load_model`] will say what is wrong with the model
         elif isinstance(model, str):
             config = AutoConfig.from_pretrained(model, **shared_load_kwargs(args.model_init_kwargs or {}))
             classifies = any(name.endswith("ForTokenClassification") for name in config.architectures or [])
@@ -48,7 +48,7 @@ def prepare_model(
     quantization_config: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, ProcessingClass]:
     """
-    Load a model and its processor, where they are not given, and make them ready to read steps.
+    Load a model and its processor, unless they are given, and prepare them to read steps.
 
     Args:
         model, processing_class, quantization_config:
@@ -61,7 +61,7 @@ def prepare_model(
     """
     init_kwargs = args.model_init_kwargs or {}
     model_id = model if isinstance(model, str) else model.name_or_path
-    set_seed(args.seed)  # Trainer seeds too late for the weights that a new head and LoRA draw
+    set_seed(args.seed)  # Trainer seeds too late for the random weights of a new head and LoRA
     if isinstance(model, str):
         model = load_model(model, quantization_config, args.reward_head, **init_kwargs)
     elif quantization_config is not None:
@@ -70,7 +70,7 @@ def prepare_model(
         processor_kwargs = {**shared_load_kwargs(init_kwargs), **(args.processor_kwargs or {})}
         processing_class = load_processing_class(model_id, is_vision_language(model.config), **processor_kwargs)
     check_processing_class(model, processing_class)
-    keep_4bit_gradients_on_cpu(model)  # a model object was not loaded by `load_model`
+    keep_4bit_gradients_on_cpu(model)  # `load_model` does this, but a model object bypasses it
     if args.reward_head == "classification":
         check_classifier(model)
         if args.disable_dropout:
@@ -95,13 +95,13 @@ def adapt_model(
 
 def describe_model(model: PreTrainedModel | PeftModel, optim: str) -> str:
     """
-    What is trained, what is in 4 bit, and the memory for weights, gradients and optimizer states, in three lines.
+    Summarise the trained parameters, the 4-bit layers, and the memory for weights, gradients and optimizer states.
     """
     stored = trained = four_bit = weights = gradients = states = 0
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit"
         size = parameter.numel() * parameter.element_size()
-        count = size * 2 if packed else parameter.numel()  # whatever type the two in a byte are stored as
+        count = size * 2 if packed else parameter.numel()  # two per byte, whatever type they are stored as
         stored += count
         weights += size
         four_bit += packed * count

@@ -1,10 +1,10 @@
 """
-The order in which a training draws its rows.
+Draw the rows of a training run, in one of these orders:
 
     share_prefix       the rollouts of a question together, questions in random order:  [q7 q7 q7][q2][q5 q5]...
     group_by_length    rows of nearly equal length together; this file counts the tokens that Trainer groups by
 
-And the rows themselves, as they are drawn: each knows its number, by which errors name it; pictures are not opened yet.
+Each row that is drawn knows its number, by which errors name it; its pictures are not opened yet.
 
     {"images": [{"path": "a.png", "bytes": None}], "prompt": "How many?", ..., "rollout_id": "40"}
 """
@@ -52,7 +52,7 @@ def prompt_groups(dataset: Dataset) -> list[list[int]]:
 
 
 def unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows as plain Python values, whatever `with_format` asked for; a transform of one's own stays."""
+    """The same rows as plain Python values, whatever `with_format` asked for; a custom transform stays."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
     own = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
@@ -60,25 +60,25 @@ def unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows with pictures as they are stored: who opens one can name the row where it is broken."""
+    """The same rows with undecoded pictures, so that the code that opens a broken one can name the row."""
     dataset = unformatted(dataset)
     if (dataset.features or {}).get("images") != List(Image()):
         return dataset
     if isinstance(dataset, IterableDataset):
         return dataset.cast_column("images", List(Image(decode=False)))
-    dataset = copy.deepcopy(dataset)  # shares the table; a cast would write all of it anew
+    dataset = copy.deepcopy(dataset)  # shares the table, which a cast would rewrite
     dataset.info.features["images"] = List(Image(decode=False))
     return dataset
 
 
 def numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
-    """A row that has an id: its number in the data set where it has no other."""
+    """Give a row an id, its number in the data set, if it has none."""
     return {**row, "rollout_id": row.get("rollout_id") or str(index)}
 
 
 class NumberedRows(torch.utils.data.Dataset):
     """
-    Rows of a data set, for a data loader: each with an id, pictures undecoded.
+    Rows of a data set for a data loader, each with an id and undecoded pictures.
 
     Examples:
     ```python
@@ -100,21 +100,21 @@ class NumberedRows(torch.utils.data.Dataset):
         return numbered(self.dataset[index], index)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """All rows of a batch in one read; data loaders ask for it."""
+        """Read all rows of a batch at once; data loaders call this if it exists."""
         return [numbered(row, index) for row, index in zip(self.dataset.__getitems__(indices), indices, strict=True)]
 
 
 class EpochSampler(torch.utils.data.Sampler):
     """
-    An order that depends on seed and epoch alone: the same in every process, and after a resumption.
+    A sampler whose order depends only on seed and epoch, so it is the same in every process and in a resumed run.
 
     Args:
         order (`Callable`):
-            From a generator to row numbers, as [`by_prompt`] or [`by_length`] make it.
+            Maps a generator to row numbers, as [`by_prompt`] or [`by_length`] do.
         n_rows (`int`):
-            How many they are.
+            Number of rows.
         seed (`int`):
-            Seed of the order, which is another one in each epoch.
+            Seed of the order, which differs from epoch to epoch.
     """
 
     def __init__(self, order: Callable[[torch.Generator], Iterable[int]], n_rows: int, seed: int):
@@ -131,7 +131,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def by_prompt(groups: list[list[int]]) -> Callable[[torch.Generator], Iterable[int]]:
-    """Groups of [`prompt_groups`] in random order, the rows of a group one after the other."""
+    """The groups of [`prompt_groups`] in random order, with the rows of each group in succession."""
 
     def order(generator: torch.Generator) -> Iterator[int]:
         return chain.from_iterable(
@@ -142,13 +142,13 @@ def by_prompt(groups: list[list[int]]) -> Callable[[torch.Generator], Iterable[i
 
 
 def by_length(lengths: list[int], batch_size: int) -> Callable[[torch.Generator], Iterable[int]]:
-    """Rows of like length in a batch, as Trainer groups them."""
+    """Put rows of similar length into a batch, as Trainer does."""
     return lambda generator: get_length_grouped_indices(lengths, batch_size, generator=generator)
 
 
 @dataclass(frozen=True)
 class WithLength:
-    """Add a column with the tokens of a row: `undecoded(dataset).map(WithLength(...), with_indices=True)`."""
+    """Adds a column with the number of tokens per row: `undecoded(dataset).map(WithLength(...), with_indices=True)`."""
 
     processing_class: ProcessingClass
     step_format: StepFormat
@@ -162,7 +162,7 @@ class WithLength:
 def with_lengths(
     dataset: Dataset | IterableDataset, processing_class: ProcessingClass, step_format: StepFormat, column: str
 ) -> Dataset | IterableDataset:
-    """The same rows with a column of their lengths in tokens; a stream as it is."""
+    """The same rows with a column of their lengths in tokens; a stream is returned unchanged."""
     if isinstance(dataset, IterableDataset):
         return dataset
     counted = WithLength(processing_class, step_format, column)

@@ -1,8 +1,8 @@
 """
-`trl-mprm train --config RECIPE --smoke`: the first steps of a recipe on a laptop, before anyone pays for GPUs.
+`trl-mprm train --config RECIPE --smoke` runs the first steps of a recipe on a laptop, before anyone pays for GPUs.
 
-The command is the recipe's own with some fields replaced: the model by a tiny random one of the same architecture, the
-rollouts by made ones. Selection, adapter, 4-bit weights, collator, loss and optimizer are those of the recipe.
+Some fields of the recipe are replaced: the model by a tiny random one of the same architecture, the rollouts by generated
+ones. Selection, adapter, 4-bit weights, collator, loss and optimizer are those of the recipe.
 
     qwen2_5_vl_7b_bis10_qlora.yaml -> train --config qwen2_5_vl_7b_bis10_qlora.yaml --model_name_or_path tiny/ ...
 """
@@ -19,7 +19,7 @@ from PIL import Image
 from ..models.tiny import tiny_model
 
 
-# What a model's name holds -> the architecture of its stand-in.
+# Part of a model's name -> the architecture of its stand-in.
 STAND_INS = {
     "qwen2.5-vl": "qwen2_5_vl",
     "qwen2_5-vl": "qwen2_5_vl",
@@ -40,7 +40,7 @@ QUESTIONS, SOLUTIONS = 40, 4  # enough for two steps of any recipe's batch on a 
 
 
 def made_rollouts(folder: Path) -> Path:
-    """Write annotated rollouts of two sources into `folder`, raw as VisualPRM400K's: solutions of coloured pictures."""
+    """Write annotated rollouts about coloured pictures, from two sources, into `folder` in VisualPRM400K's raw format."""
     draw = random.Random(0)
     (folder / "annotations").mkdir(parents=True)
     for source in ("tiles", "bars"):
@@ -76,10 +76,10 @@ def cut_down(argv: list[str], folder: Path) -> tuple[list[str], list[list]]:
             Scratch folder; everything is written there.
 
     Returns:
-        `tuple`: the arguments of the smoke run, and table rows that tell what was replaced.
+        `tuple`: the arguments of the smoke run, and table rows that list the replacements.
 
     Raises:
-        `ValueError`: no stand-in for the model.
+        `ValueError`: the model has no stand-in.
 
     Examples:
     ```python
