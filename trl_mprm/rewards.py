@@ -1,11 +1,11 @@
 """
-Rewards for the training of a policy: what it wrote, as rows that a process reward model scores; what cannot be scored.
+Rewards for training a policy: turn its completions into rows for a process reward model, and count those that fail.
 
     GRPOTrainer(reward_funcs=prm.as_reward_func(), ...)      one number per completion
     prm.step_rewards(["1 + 1?"], ["It is 2.\\n\\nSo 2."])      one per step, with the step's place in the completion
         -> [[StepReward(score=0.91, start=0, end=8, ...), StepReward(score=0.88, start=10, end=15, ...)]]
 
-A policy writes anything: text that is too long, no text at all, the name of a special token. None of it may end a run.
+A policy may write anything: text that is too long, no text, the name of a special token. None of it may end a run.
 """
 
 import logging
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class StepReward:
     """
-    P(step good) of one step of a completion, and where the step stands in it.
+    P(step good) of one step of a completion, and the place of the step in it.
 
     Args:
         score (`float`):
             P(step good) in [0, 1].
         start, end (`int`):
-            The characters of the step, `text[start:end]`. See [`StepScorer.step_rewards`] for what the text is.
+            The characters of the step, `text[start:end]`; [`StepScorer.step_rewards`] defines the text.
         token_start, token_end (`int`, *optional*):
             The tokens that hold a character of the step, `ids[token_start:token_end]`; None for a completion that did
-            not come as token ids. A token that holds the end of one step and the beginning of the next is in both.
+            not come as token ids. A token that holds the end of one step and the beginning of the next belongs to both.
     """
 
     score: float
@@ -50,7 +50,7 @@ class StepReward:
 
 
 class Scored(NamedTuple):
-    """The steps of a completion and their scores; or none, and the error that says why."""
+    """The steps of a completion and their scores, or no scores and the error that explains why."""
 
     steps: list[str]
     scores: list[float]
@@ -129,20 +129,20 @@ def score_completions(
     split: str,
 ) -> list[Scored]:
     """
-    Score whatever a policy wrote; completions of one prompt are scored together.
+    Score completions of a policy; those of one prompt are scored together.
 
     Args:
         score_batch (`Callable`):
-            Scores rows that it can render; raises `ValueError` before it reads any where it cannot.
+            Scores rows; raises `ValueError` before scoring any if it cannot render one of them.
         prompts, completions (`Sequence`):
             Texts, or chat messages.
         images (`Sequence`, *optional*):
             One list of pictures per prompt.
         split (`str`):
-            How a completion becomes steps, see [`split_steps`].
+            How to split a completion into steps, see [`split_steps`].
 
     Raises:
-        `ValueError`: for lists of different lengths, which no policy writes.
+        `ValueError`: lists of different lengths, which is the caller's error and not the policy's.
     """
     if images is not None and len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with images for {len(images)}: expected as many")
@@ -175,7 +175,7 @@ def score_rows(score_batch: ScoreBatch, rows: Sequence[dict[str, Any] | ValueErr
 
 
 def _score_or_tell(score_batch: ScoreBatch, rows: list[dict[str, Any]]) -> list[Scored]:
-    """Score rows; where one of them is refused, each half of them, until it stands alone."""
+    """Score rows; if one of them is refused, score each half, until the refused row is alone."""
     try:
         scores = score_batch(rows) if rows else []
     except ValueError as error:
@@ -194,7 +194,7 @@ def said(turns: str | list[dict[str, Any]], role: str) -> str:
     """
     The text of a plain prompt or completion, or what `role` says in a conversation.
 
-    Raises `ValueError` where there is none, as for the content None of a turn that only calls a tool.
+    Raises `ValueError` if there is none, e.g. where a turn only calls a tool and its content is None.
 
     Examples:
     ```python
@@ -216,7 +216,7 @@ def said(turns: str | list[dict[str, Any]], role: str) -> str:
 
 def kind_of(error: ValueError) -> str:
     """
-    An error without what differs from row to row, so that errors of one kind are counted together.
+    The text of an error without the parts that differ from row to row, so that errors of one kind are counted together.
 
     Examples:
     ```python
@@ -226,14 +226,14 @@ def kind_of(error: ValueError) -> str:
 
     ```
     """
-    while isinstance(error.__cause__, ValueError):  # the row's name is put before the error of its part
+    while isinstance(error.__cause__, ValueError):  # the outer error only adds the name of the row
         error = error.__cause__
     return re.sub(r"\d+|(?<!\w)(['\"]).*?\1", lambda match: "N" if match.group()[0].isdigit() else "'...'", str(error))
 
 
 def step_spans(text: str, steps: Sequence[str]) -> list[tuple[int, int]]:
     """
-    The characters of each step in the text that was split into them, white space apart.
+    The character span of each step in the text that it was split from, without surrounding white space.
 
     Examples:
     ```python
@@ -252,7 +252,7 @@ def step_spans(text: str, steps: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def token_span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens among `ids` that hold a character of `span`, by the texts of their beginnings."""
+    """The range of tokens in `ids` that hold a character of `span`, found by decoding beginnings of `ids`."""
     text, (start, end) = decode(tokenizer, ids), span
     places = range(len(ids) + 1)
     first = bisect_right(places, start, key=lambda n: len(decode(tokenizer, ids[:n]))) - 1
@@ -261,5 +261,5 @@ def token_span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], span: tup
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of a completion that came as token ids: without special tokens, blanks as they are."""
+    """Decode a completion that came as token ids, without special tokens and with blanks unchanged."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

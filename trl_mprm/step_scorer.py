@@ -1,4 +1,4 @@
-"""What everything that scores steps can do, whether the model is in this process or behind a server."""
+"""The methods that all step scorers share, whether the model is in this process or behind a server."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from .rewards import StepReward, reward_function, step_rewards
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate of a ranking: its place in the input, its aggregated score, and P(step good) of its steps."""
+    """One candidate of a ranking: its index in the input, its aggregated score, and P(step good) of its steps."""
 
     index: int
     score: float
@@ -26,7 +26,7 @@ class Candidate:
 
 class StepScorer:
     """
-    Scores, ranks and rewards by `score_batch`, which a subclass has; `name` is what its reward functions are called after.
+    Scores, ranks and rewards by means of `score_batch`, which a subclass provides; reward functions are named after `name`.
     """
 
     name: str
@@ -48,7 +48,7 @@ class StepScorer:
                 Steps of the solution, in order.
 
         Returns:
-            `list[float]`: P(step good) in [0, 1], one a step.
+            `list[float]`: P(step good) in [0, 1], one per step.
         """
         row = {"images": images, "prompt": question, "completions": steps}
         return self.score_batch([row])[0]
@@ -63,19 +63,19 @@ class StepScorer:
         **options: Any,
     ) -> list[Candidate]:
         """
-        Rank candidate solutions of one question, best first; images and question are read once for all.
+        Rank candidate solutions of one question, best first; they share one pass over images and question.
 
         Args:
             images, question:
                 As in [`StepScorer.score`].
             candidates (`Sequence[str | Sequence[str]]`):
-                Solutions, each a list of steps, or texts to `split`.
+                Solutions, each a list of steps, or a text to `split`.
             aggregate (`str`, *optional*, defaults to `"mean"`):
                 How step scores become one score: `"mean"` (the paper's Table 3), `"min"`, `"product"` or `"last"`.
             split (`str`, *optional*):
-                How texts become steps, see [`split_steps`].
+                How to split texts into steps, see [`split_steps`].
             options:
-                Passed to `score_batch`, as `max_batch_tokens`.
+                Passed to `score_batch`, e.g. `max_batch_tokens`.
 
         Returns:
             `list[Candidate]`: all candidates, highest score first; equal scores keep their order.
@@ -111,13 +111,13 @@ class StepScorer:
         **options: Any,
     ) -> Callable[..., list[float | None]]:
         """
-        Serve as `reward_funcs` of TRL's [`~trl.GRPOTrainer`].
+        Return a reward function for `reward_funcs` of TRL's [`~trl.GRPOTrainer`].
 
-        The function takes what TRL hands to a callable: `prompts` and `completions`, texts or messages, and the
-        dataset's `images` or `image` column. Completions of one prompt share its prefix. A completion without text
-        earns 0. Nothing that a policy writes stops the run: what cannot be scored (too long for this model, a message
-        without content) earns `unscored`. Each reason is logged once; `function.unscored` counts them by reason, and
-        TRL logs their share as `{name}/unscored`.
+        The function takes the arguments that TRL passes to a callable: `prompts` and `completions`, texts or messages,
+        and the dataset's `images` or `image` column. Completions of one prompt share its prefix. A completion without
+        text earns 0. Nothing that a policy writes stops the run: a completion that cannot be scored (too long for this
+        model, a message without content) earns `unscored`. Each reason is logged once; `function.unscored` counts them
+        by reason, and TRL logs their share as `{name}/unscored`.
 
         Args:
             aggregate, split, options:
@@ -126,8 +126,8 @@ class StepScorer:
                 Reward of a completion that cannot be scored. Defaults to None: TRL leaves this function out of the
                 completion's reward.
             name (`str`, *optional*):
-                Name of the function, under which TRL logs it. Defaults to the model's name and the aggregate, with a
-                number behind it where a function of another model bears that name.
+                Name of the function, under which TRL logs it. Defaults to the model's name and the aggregate, followed
+                by a number if a function of another model already has that name.
 
         Examples:
         ```python
@@ -150,28 +150,28 @@ class StepScorer:
         **options: Any,
     ) -> list[list[StepReward] | None]:
         """
-        Dense rewards, for a training loop of one's own: the score of each step, and where it stands in the completion.
+        Dense rewards for a custom training loop: the score of each step, and its place in the completion.
 
         Args:
             prompts (`list`):
-                Texts or chat messages, one for each completion.
+                Texts or chat messages, one per completion.
             completions (`list`):
-                What the policy wrote: texts, chat messages, or, with `tokenizer`, the token ids that it sampled.
+                Completions of the policy: texts, chat messages or, with `tokenizer`, the sampled token ids.
             images (`list`, *optional*):
-                A list of pictures for each prompt.
+                A list of pictures per prompt.
             split (`str`, *optional*, defaults to `"blank_line"`):
-                How a completion becomes steps, see [`split_steps`].
+                How to split a completion into steps, see [`split_steps`].
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-                The policy's tokenizer, where completions are token ids. Nothing is tokenised again: token spans are
-                those of the very ids.
+                The policy's tokenizer, for completions that are token ids. Nothing is tokenised again: token spans
+                refer to the given ids.
             options:
-                Passed to `score_batch`, as `max_batch_tokens`.
+                Passed to `score_batch`, e.g. `max_batch_tokens`.
 
         Returns:
-            `list[list[StepReward] | None]`: for each completion its steps; none for one without text, and None for one
-            that cannot be scored. Characters are those of the completion's text: the string itself; of messages, what
-            the assistant says, joined by line ends; of token ids, `tokenizer.decode(ids, skip_special_tokens=True,
-            clean_up_tokenization_spaces=False)`.
+            `list[list[StepReward] | None]`: the steps of each completion: an empty list for one without text, None for
+            one that cannot be scored. Character spans refer to the completion's text: for a string the string itself;
+            for messages the assistant's texts, joined by line ends; for token ids `tokenizer.decode(ids,
+            skip_special_tokens=True, clean_up_tokenization_spaces=False)`.
 
         Examples:
         ```python
@@ -196,7 +196,7 @@ class StepScorer:
         return step_rewards(score_batch, prompts, completions, images, split, tokenizer)
 
     def _own_name(self, how: str) -> str:
-        """A name that no reward function of another model bears, in this process."""
+        """Find a name that no reward function of another model has in this process."""
         base = re.sub(r"[^\w.-]+", "_", f"{self.name}_{how}")
         names = (base, *(f"{base}_{number}" for number in range(2, len(_NAMED) + 3)))
         name = next(name for name in names if _NAMED.get(name, self) is self)
@@ -204,7 +204,7 @@ class StepScorer:
         return name
 
 
-# Whose reward functions bear a name: TRL logs two functions of one name as one.
+# The owner of each name of a reward function; TRL would log two functions of one name as one.
 _NAMED: WeakValueDictionary[str, StepScorer] = WeakValueDictionary()
 
 

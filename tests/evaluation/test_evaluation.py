@@ -704,7 +704,7 @@ def test_published_rows_stand_only_beside_the_published_data(folder):  # noqa: F
     results["benchmark"]["hub_id"] = "OpenGVLab/VisualProcessBench"  # all were read, and some could not be scored
     results["n_solutions"] = 2860
     text = results_markdown(results, records, "tiny")
-    assert text.count("The row of this model stands on 2,860 solutions, the others on 2,866.") == 2
+    assert text.count("The row of this model is based on 2,860 solutions, the others on 2,866.") == 2
 
 
 def test_the_title_says_what_is_missing(folder):  # noqa: F811

@@ -1,8 +1,8 @@
 """
-What each measure is called, wherever it is shown: in the tables of the command, reports, pages and cards.
+The names of measures wherever they are shown: in the tables of the command, reports, pages and cards.
 
 Macro-F1 is the mean of the F1 of correct and of incorrect steps. Three figures go by the name "overall"; each paper
-prints one of them, and they compare only with their own kind:
+prints one of them, and only figures of the same kind are comparable:
 
     macro_f1_step_weighted   mean over sources, weighted by steps (arXiv 2602.04145 prints it as micro-F1)
     macro_f1_pooled          all steps together (VisualPRM prints it)
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Measure:
     """
-    Words for a measure.
+    The wording of a measure.
 
     Args:
         name (`str`):
             Its name.
         note (`str`, *optional*):
-            What a reader has to know beside it.
+            Something that a reader needs to know about it.
         short (`str`, *optional*):
             Its name in narrow tables. Defaults to name and note.
         task (`str`, *optional*):
             The task it measures, in a card's `model-index`.
         on_card (`bool`, *optional*, defaults to `True`):
-            Whether cards have it.
+            Whether cards show it.
     """
 
     name: str

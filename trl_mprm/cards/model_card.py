@@ -1,11 +1,11 @@
 """
-Model cards filled from the run. No absolute path, user name or token reaches a card.
+Render model cards from the record of a run. No absolute path, user name or token reaches a card.
 
-In, a record, which the trainer writes beside every model as `model_card.json`:
+The trainer writes the record beside every model as `model_card.json`:
 
     {"name": "prm", "base_model": "Qwen/Qwen2.5-VL-7B-Instruct", "license": "mit", "selection": {"rule": "bis", ...}, ...}
 
-Out, its rendering by `templates/model_card.md`, the `README.md` of the model. `trl-mprm card` renders it again.
+Rendered by `templates/model_card.md` it becomes the `README.md` of the model. `trl-mprm card` renders it again.
 """
 
 import json
@@ -25,12 +25,12 @@ TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
 
 RECORD = "model_card.json"
 
-# What else a card says of a benchmark.
+# Further entries of a card about a benchmark.
 BENCHMARK_FACTS = ("n_solutions", "n_correct", "n_incorrect", "n_questions", "threshold", "threshold_protocol")
 
 
 def benchmark_facts(metrics: dict[str, Any], dataset_id: str | None = None) -> dict[str, Any]:
-    """What a card says of `metrics` ([`~metrics.step_metrics`] or [`~metrics.best_of_n_metrics`])."""
+    """The entries of a card for `metrics` ([`~metrics.step_metrics`] or [`~metrics.best_of_n_metrics`])."""
     headlines = _headlines(metrics)
     facts = {key: metrics[key] for key in (*BENCHMARK_FACTS, *headlines) if metrics.get(key) is not None}
     intervals = {key: metrics["intervals"][key] for key in headlines if key in metrics.get("intervals", {})}
@@ -38,7 +38,7 @@ def benchmark_facts(metrics: dict[str, Any], dataset_id: str | None = None) -> d
 
 
 def render_card(record: dict[str, Any]) -> ModelCard:
-    """The card of a record; the same record gives the same bytes."""
+    """Render the card of a record; the same record always gives the same bytes."""
     results = [entry for title, facts in record["benchmarks"].items()
                for entry in eval_results(facts["dataset_id"], facts, title)]  # fmt: skip
     data = ModelCardData(
@@ -64,7 +64,7 @@ def write_card(folder: str | os.PathLike, record: dict[str, Any]) -> Path:
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
-    """The record of a model's folder, or of a file."""
+    """Read a record from a model's folder or from a file."""
     path = Path(path) / RECORD if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the record that ProcessRewardTrainer writes")
@@ -82,7 +82,7 @@ def eval_results(dataset_id: str | None, metrics: dict[str, Any], name: str) -> 
         dataset_id (`str` or `None`):
             Id of the benchmark on the Hub; `None` for other data, which then goes by its name.
         metrics (`dict`):
-            What [`step_metrics`] or [`best_of_n_metrics`] returned.
+            Result of [`step_metrics`] or [`best_of_n_metrics`].
         name (`str`):
             Name of the benchmark.
     """
@@ -102,7 +102,7 @@ def eval_results(dataset_id: str | None, metrics: dict[str, Any], name: str) -> 
 
 def eval_results_yaml(dataset_id: str, metrics: dict[str, Any]) -> str:
     """
-    Content of a file in `.eval_results/` of a model's repository, from which its page on the Hub shows the results.
+    Content of a file in `.eval_results/` of a model's repository, which makes its page on the Hub show the results.
 
     Examples:
     ```python
@@ -133,9 +133,9 @@ def add_eval_results(
     folder: str | os.PathLike, benchmark: str, title: str, dataset_id: str | None, metrics: dict[str, Any]
 ) -> Path:
     """
-    Put results into the card of a model, in place of earlier ones of the same benchmark, and for a dataset on the Hub
-    into `.eval_results/{benchmark}.yaml`. A card that was edited by hand keeps its text and gets the `model-index`
-    entries alone. Returns the path of the card.
+    Put results into the card of a model, replacing earlier ones of the same benchmark and, for a dataset on the Hub, into
+    `.eval_results/{benchmark}.yaml`. A card that was edited by hand keeps its text and gets only the `model-index`
+    entries. Returns the path of the card.
     """
     path = Path(folder) / "README.md"
     if not path.is_file():
@@ -162,7 +162,7 @@ def add_eval_results(
 
 
 def _python(value: Any) -> str:
-    """A value as Python writes it: no text of a record ends the string that it stands in."""
+    """Write a value as a Python literal, so that text of a record cannot end the string that it is part of."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 

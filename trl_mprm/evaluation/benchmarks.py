@@ -1,8 +1,8 @@
 """
-Benchmarks of labelled solutions, as items to score. A benchmark is one entry of `BENCHMARKS`: where it is found, how its
-records become items ([`~readers`]), what is measured and shown ([`~tasks`]), its published rows.
+Read benchmarks of labelled solutions into items to score. A benchmark is an entry of `BENCHMARKS`, which says where to
+find it, how its records become items ([`~readers`]), what is measured and shown ([`~tasks`]), and its published rows.
 
-An item is a row that [`ProcessRewardModel.score_batch`] reads, with its labels, source and question:
+An item is a row for [`ProcessRewardModel.score_batch`] with its labels, source and question:
 
     {"id": "DynaMath:0", "images": ["/data/images/12.png"], "prompt": "How many tiles are red?",
      "completions": ["A and C are red.", "So 3."], "labels": [1, -1], "source": "DynaMath", "group": "5f0c..."}
@@ -34,7 +34,7 @@ from .tasks import BEST_OF_N, STEP_CORRECTNESS, Task
 @dataclass(frozen=True)
 class BenchmarkEntry:
     """
-    All that is particular to a benchmark.
+    The particulars of a benchmark.
 
     Args:
         title (`str`):
@@ -42,21 +42,21 @@ class BenchmarkEntry:
         read (`Callable`):
             Turns a record into items: `(record, file stem, index, image finder, quirks) -> list[dict]`.
         headlines (`tuple[str, ...]`):
-            Its measures, the weightiest first, as the page shows them at its top.
+            The measures to show at the top of the page, the most important first.
         task ([`Task`], *optional*, defaults to `STEP_CORRECTNESS`):
-            What is measured, and how tables and page show it.
+            The task that is measured, and how tables and page show it.
         hub_id (`str`, *optional*):
             Dataset on the Hub.
         n_records (`int`, *optional*):
             How many records the published dataset has.
         files (`tuple[str, ...]`, *optional*):
-            Its files of records, JSONL or one JSON array each. Default: every `*.jsonl` of a folder.
+            Its files of records, each JSONL or one JSON array. Defaults to every `*.jsonl` in a folder.
         threshold (`str` or `float`, *optional*, defaults to 0.5):
-            Threshold protocol unless another is asked for.
+            Default threshold protocol.
         own_scores (`Callable`, *optional*):
-            The benchmark's own scores, from [`step_metrics`]; they are kept under its name.
+            Computes the benchmark's own scores from [`step_metrics`]; results hold them under its name.
         published (`tuple[PublishedTable, ...]`, *optional*):
-            Published rows to stand beside.
+            Published rows to compare with.
     """
 
     title: str
@@ -114,9 +114,9 @@ BENCHMARKS = {
 @dataclass(frozen=True)
 class Benchmark:
     """
-    Items to score, and what cannot be scored: `{"file", "line", "reason", "detail"}` each, `line` counting from 1.
+    Items to score, and refused records, each as `{"file", "line", "reason", "detail"}` with `line` counting from 1.
 
-    `quirks` counts what is peculiar and was kept. `name` is one of `BENCHMARKS`.
+    `quirks` counts oddities that were accepted. `name` is one of `BENCHMARKS`.
     """
 
     path: str
@@ -131,17 +131,17 @@ class Benchmark:
 
     @property
     def hub_id(self) -> str | None:
-        """The published dataset, if these are as many records as it has; results on others are not results on it."""
+        """Id of the published dataset if the number of records matches; results on other data are not results on it."""
         entry = self.entry
         return entry.hub_id if len(self.items) + len(self.refused) == entry.n_records else None
 
     @property
     def title(self) -> str:
-        """Name for reports and cards, which tells other data and refused records from the published, complete ones."""
+        """Name for reports and cards, which says if the data are not the published ones or records were refused."""
         return self.titled(n_failed=0)
 
     def titled(self, n_failed: int) -> str:
-        """The title where so many of the items could not be scored."""
+        """The title, with the number of items that could not be scored."""
         title = self.entry.title if self.hub_id == self.entry.hub_id else f"{self.entry.title}, other data"
         n_refused, n_items = len(self.refused), len(self.items)
         missing = [f"{n_refused:,} of {n_items + n_refused:,} records refused"] if n_refused else []
@@ -149,13 +149,13 @@ class Benchmark:
         return f"{title} ({', '.join(missing)})" if missing else title
 
     def check_measurable(self, threshold: float | str) -> None:
-        """A dry run with scores of 0.5: raises what cannot be measured before hours of scoring."""
+        """Measure scores of 0.5, so that data that cannot be measured raise an error before hours of scoring."""
         tried = [{**item, "scores": [0.5] * len(item["labels"])} for item in self.items]
         self.entry.task.measure(tried, threshold, n_resamples=0)
 
     @property
     def report(self) -> dict[str, Any]:
-        """What was read, refused and peculiar, for `results.json`."""
+        """Counts of records read, refused and odd, for `results.json`."""
         reasons = dict(sorted(Counter(refusal["reason"] for refusal in self.refused).items()))
         return {
             "name": self.name,
@@ -180,7 +180,7 @@ def read_benchmark(
             A file, or a folder with the files of the benchmark (`test.jsonl`; `gsm8k.json`, `math.json`,
             `olympiadbench.json`, `omnimath.json`; `prmbench_preview.jsonl`).
         image_root (`str` or `os.PathLike`, *optional*):
-            Folder that image paths are relative to and must stay in. Default: the folder of the file.
+            Folder that image paths are relative to and must stay in. Defaults to the folder of the file.
         name (`str`, *optional*, defaults to `"visualprocessbench"`):
             Its format, one of `BENCHMARKS`: `visualprocessbench`, `processbench`, `prmbench` or `best-of-n`.
 
@@ -191,7 +191,7 @@ def read_benchmark(
         `group` is the same for solutions of one question: a hash of the question and the bytes of its images.
 
     Raises:
-        `FileNotFoundError`: no such file. `ValueError`: another `name`, a file that is no JSON array, no usable record.
+        `FileNotFoundError`: no such file. `ValueError`: an unknown `name`, a file that is not a JSON array, no usable record.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark is {name!r}, expected one of {', '.join(BENCHMARKS)}")
@@ -238,7 +238,7 @@ def load_benchmark(
         data (`str` or `os.PathLike`, *optional*):
             A file, a folder, or the id of a dataset on the Hub. Defaults to the published dataset.
         image_root (`str` or `os.PathLike`, *optional*):
-            Folder of the images. Defaults to the folder of the file, or to what the Hub's `images.zip` held.
+            Folder of the images. Defaults to the folder of the file, or to the unpacked `images.zip` from the Hub.
     """
     if data is None or is_hub_id(str(data)):
         data, unpacked = download_benchmark(name, data)
@@ -248,7 +248,7 @@ def load_benchmark(
 
 def download_benchmark(name: str, hub_id: str | None = None) -> tuple[Path, Path]:
     """
-    Fetch a benchmark from the Hub, unpacking its `images.zip` where it has one.
+    Fetch a benchmark from the Hub, unpacking its `images.zip` if it has one.
 
     Args:
         name (`str`):
@@ -297,7 +297,7 @@ def _files(path: Path, entry: BenchmarkEntry) -> list[Path]:
 
 
 def _records(file: Path) -> Iterator[tuple[int, Any]]:
-    """Numbers from 1, and lines as bytes; or the objects of a JSON array."""
+    """Yield lines as bytes, or the objects of a JSON array, numbered from 1."""
     if file.suffix != ".json":
         for number, line in enumerate(file.read_bytes().splitlines(), start=1):
             if line.strip():

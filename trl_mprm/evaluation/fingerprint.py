@@ -1,4 +1,4 @@
-"""What decides the scores of a benchmark, as one hash: scores of an interrupted run are taken up only where it is the same."""
+"""Hash everything that determines the scores of a benchmark, so that a run resumes only scores with the same hash."""
 
 import json
 import tempfile
@@ -22,8 +22,8 @@ def fingerprint(model: Any, items: Sequence[dict[str, Any]], batch_size: int) ->
     Hash every weight to its last byte, the configurations of model and adapter, tokenizer, chat template and image
     processor, the step format, the items with their pictures, and the batch size.
 
-    Of a model behind a server the weights cannot be seen: what it says of one small solution tells it from another. Of
-    anything else only the type is known.
+    The weights of a model behind a server cannot be seen, so its scores of one small solution stand for them. For any
+    other object only the type is known.
     """
     digest = xxhash.xxh3_128(f"{type(model).__qualname__} {batch_size}".encode())
     if isinstance(model, ProcessRewardModel):
@@ -46,8 +46,8 @@ def fingerprint(model: Any, items: Sequence[dict[str, Any]], batch_size: int) ->
 
 
 def _settings(model: ProcessRewardModel) -> list[str]:
-    """What is no tensor and still decides a score: configurations, and every file that the processing class saves."""
-    adapters = getattr(model.model, "peft_config", {})  # no attribute of a model without an adapter
+    """Hash what affects scores besides tensors: configurations, and every file that the processing class saves."""
+    adapters = getattr(model.model, "peft_config", {})  # a model without an adapter lacks the attribute
     configs = [model.model.config.to_dict(), *(adapters[name].to_dict() for name in sorted(adapters))]
     texts = [json.dumps(_without_paths(config), sort_keys=True, default=str) for config in configs]
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def _settings(model: ProcessRewardModel) -> list[str]:
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """A model that was moved is the same model."""
+    """Leave out the path, since a model that was moved is the same model."""
     return {
         key: _without_paths(value) if isinstance(value, dict) else value
         for key, value in config.items()

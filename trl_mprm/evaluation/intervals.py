@@ -1,4 +1,4 @@
-"""Bootstrap over questions: measures of resampled questions, and the interval that they span."""
+"""Bootstrap over questions: measures of resampled questions, and the intervals that they span."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,7 @@
 """
-How well step scores tell correct steps from incorrect ones. Pure numpy.
+Measure how well step scores tell correct steps from incorrect ones. Pure numpy.
 
-One solution in, with labels 1 (correct), 0 (neutral, ignored), -1 (incorrect) and P(step good) as scores:
+A solution has labels 1 (correct), 0 (neutral, ignored), -1 (incorrect), and P(step good) as scores:
 
     labels [1, 1, 0, -1]   scores [0.9, 0.8, 0.5, 0.1]   threshold 0.5 -> predicted [correct, correct, -, incorrect]
 
@@ -25,7 +25,7 @@ PRMBENCH_DIMENSIONS = {
     "sensitivity": ("missing_condition", "deception", "multi_solutions"),
 }
 
-# Of all sources together only: for one source they would be its `macro_f1` and `processbench_f1` again.
+# Defined for all sources together only: for one source they would equal its `macro_f1` and `processbench_f1`.
 _OF_ALL_SOURCES = (
     "macro_f1_step_weighted",
     "macro_f1_pooled",
@@ -52,35 +52,36 @@ def step_metrics(
         scores (`Sequence[Sequence[float]]`):
             Same shape, P(step good) in [0, 1].
         sources (`Sequence[str]`, *optional*):
-            Source of each solution. Default: one source, `"all"`.
+            Source of each solution. Defaults to one source, `"all"`.
         groups (`Sequence[str | int]`, *optional*):
-            Question of each solution; folds and bootstrap keep a question together. Default: each its own.
+            Question of each solution; folds and bootstrap keep a question together. By default each solution has its
+            own.
         threshold (`float` or `str`, *optional*, defaults to `"held_out"`):
-            A number in [0, 1]: `fixed`. `"held_out"`: questions are dealt into 5 folds (or as many as there are),
-            each uses the [`best_threshold`] of the others. `"oracle"`: the best threshold on the very steps that are
-            measured, as in the paper's code; it flatters the model.
+            A number in [0, 1] is used as it is (protocol `fixed`). `"held_out"` deals the questions into 5 folds (fewer
+            if there are fewer questions), each of which uses the [`best_threshold`] of the others. `"oracle"` uses the
+            best threshold on the very steps that are measured, as the paper's code does, which flatters the model.
         n_resamples (`int`, *optional*, defaults to `1000`):
             Bootstrap resamples of questions, drawn with `seed`. 0 skips the intervals.
 
     Returns:
         `dict`, ready for JSON:
         - the three `macro_f1_*`;
-        - of all steps together, whatever the threshold: `auc`; `average_precision_correct` and
+        - over all steps, independent of the threshold: `auc`; `average_precision_correct` and
           `average_precision_incorrect`, with that class as the one to find; `brier`, the mean squared distance between
           score and label; `calibration_error` (ECE), the mean distance between score and share of correct steps over
           15 bins of equal width, weighted by steps, see [`calibration_bins`];
         - `first_error_accuracy`: share of solutions whose first step predicted incorrect is the first step labelled
           incorrect, or that have neither. Neutral steps are skipped; solutions with no other step are left out.
-          `first_error_accuracy_erroneous` and `_correct`: the same of the solutions with and without an error.
+          `first_error_accuracy_erroneous` and `_correct`: the same over the solutions with and without an error.
           `processbench_f1`: harmonic mean of these two, the score of ProcessBench (arXiv 2412.06559), and
-          `processbench_f1_source_mean`, which it prints as average;
+          `processbench_f1_source_mean`, which its paper prints as the average;
         - `threshold` (one number, or one per fold) and `threshold_protocol` (`fixed`, `held_out` or `oracle`);
         - `n_solutions`, `n_steps` (= `n_correct` + `n_incorrect`), `n_correct`, `n_incorrect`, `n_neutral`;
-        - `intervals`: `[low, high]` of all these measures, 95% percentile bootstrap over questions. Predictions stay as
-          they are, so the spread leaves out the choice of the threshold;
+        - `intervals`: `[low, high]` of all these measures, 95% percentile bootstrap over questions. Predictions are held
+          fixed, so the spread does not include the choice of the threshold;
         - `sources`: per source `macro_f1`, `f1_correct`, `f1_incorrect`, the other measures, and counts.
 
-        What is undefined is `None`, never NaN: F1 of a class that labels no step, macro-F1, AUC and average precision
+        Undefined values are `None`, never NaN: F1 of a class without labelled steps, macro-F1, AUC and average precision
         where a class is absent, intervals of fewer than two questions. Means over sources leave undefined sources out.
 
     Raises:
@@ -140,7 +141,7 @@ def paired_bootstrap(
     """
     Test whether two models differ on the same steps: paired bootstrap over questions.
 
-    Both models are measured on the very same resampled questions, so what makes a question hard for both cancels.
+    Both models are measured on the same resampled questions, so that the difficulty of a question cancels out.
 
     Args:
         labels, sources, groups, threshold, n_resamples, seed:
@@ -150,8 +151,8 @@ def paired_bootstrap(
 
     Returns:
         `dict`: for each measure of [`step_metrics`] that is defined, `first`, `second`, `difference` (first minus
-        second), its 95% `interval`, and `p_value`, two-sided: twice the share of resamples on the rarer side of zero,
-        both counts plus one. It is 1 for equal models, and never below `2 / (n_resamples + 1)`.
+        second), its 95% `interval`, and a two-sided `p_value`: twice the share of resamples on the rarer side of zero,
+        with one added to both counts. It is 1 for equal models, and never below `2 / (n_resamples + 1)`.
 
     Examples:
     ```python
@@ -199,8 +200,7 @@ def best_of_n_metrics(
     """
     Measure best-of-N: how often the candidate that the scores rank first has the correct answer.
 
-    Where candidates of a question tie for the first place, the mean of their correctness counts, so that the order of
-    candidates decides nothing.
+    Where candidates tie for first place, the mean of their correctness counts, so the order of candidates does not matter.
 
     Args:
         correct (`Sequence[bool]`):
@@ -210,15 +210,15 @@ def best_of_n_metrics(
         groups (`Sequence[str | int]`):
             Question of each candidate.
         sources (`Sequence[str]`, *optional*):
-            Source of each candidate. Default: one source, `"all"`.
+            Source of each candidate. Defaults to one source, `"all"`.
         n_resamples, seed:
             As in [`step_metrics`].
 
     Returns:
         `dict`: `accuracy_mean`, `accuracy_min`, `accuracy_product`, `accuracy_last`, one for each of `AGGREGATES`;
-        `pass_at_1`, the share of correct candidates, which blind choice would reach; `pass_at_n`, the share of
+        `pass_at_1`, the share of correct candidates, which a random choice reaches on average; `pass_at_n`, the share of
         questions with a correct candidate, which no choice can beat; their `intervals`; `n_questions`, `n_candidates`
-        (fewest and most of a question); and the same by source.
+        (fewest and most per question); and the same by source.
 
     Examples:
     ```python
@@ -265,7 +265,7 @@ def best_of_n_metrics(
 
 
 def check_candidates(correct: Sequence[bool], scores: Sequence[Sequence[float]]) -> None:
-    """Raise `ValueError`, which names the candidate, unless each is right or wrong and has scores in [0, 1]."""
+    """Raise `ValueError`, naming the candidate, unless each is marked right or wrong and has scores in [0, 1]."""
     if len(scores) != len(correct):
         raise ValueError(f"correct has {len(correct)} candidates, scores {len(scores)}: expected as many")
     if not len(correct):
@@ -280,11 +280,11 @@ def check_candidates(correct: Sequence[bool], scores: Sequence[Sequence[float]])
 
 def prmbench_scores(metrics: dict) -> dict[str, float | None]:
     """
-    Read PRMBench's scores (arXiv 2501.03124) off [`step_metrics`] whose sources are its kinds of error.
+    Compute PRMBench's scores (arXiv 2501.03124) from [`step_metrics`] whose sources are its kinds of error.
 
-    PRMScore is half the F1 of correct steps plus half the F1 of incorrect steps, of all steps together (`overall`) and
-    of each kind. `multi_solutions` has no incorrect step; its column is the F1 of correct steps. A dimension is the
-    mean of its kinds.
+    PRMScore is the mean of the F1 of correct steps and the F1 of incorrect steps, over all steps (`overall`) and for each
+    kind. `multi_solutions` has no incorrect steps, so its column is the F1 of correct steps. The score of a dimension is
+    the mean over its kinds.
 
     Examples:
     ```python

@@ -1,12 +1,12 @@
 """
-One page on an evaluation, in one HTML file that loads nothing.
+Write a page about an evaluation, in one HTML file that loads nothing.
 
-In: the items of a [`Benchmark`], the lines of `scores.jsonl`, and the results:
+In go the items of a [`Benchmark`], the lines of `scores.jsonl`, and the results:
 
     {"id": "DynaMath:0", "labels": [1, -1], "scores": [0.97, 0.08], ...}
 
-Out: the overall figures, the sources, calibration, and single solutions: the picture, the question, and each step with
-its score in colour beside the human label, the first error marked. Sources and verdicts are filtered by CSS alone.
+The page shows the overall figures, the sources, calibration, and single solutions: the picture, the question, and each
+step with its score in colour beside the human label, the first error marked. Filters by source and verdict are pure CSS.
 """
 
 import base64
@@ -31,7 +31,7 @@ from .tasks import Task
 
 MAX_CARDS = 60
 
-MAX_SOLUTIONS = 8  # of one question
+MAX_SOLUTIONS = 8  # per question
 
 MAX_STEPS = 40
 
@@ -64,17 +64,17 @@ def evaluation_page(
 
     Args:
         benchmark ([`Benchmark`]):
-            What was evaluated: questions, steps, images.
+            The benchmark, with its questions, steps and images.
         records (`Sequence[dict]`):
             Lines of `scores.jsonl`.
         results (`dict`):
-            What [`evaluate_model`] returned.
+            Result of [`evaluate_model`].
         model_name (`str`):
             Name of the model.
 
     Returns:
-        `str`: HTML. At most 60 questions are shown, the same number of each source: half of them the worst judged,
-        half drawn by a hash of their name. Pictures are thumbnails within the file.
+        `str`: HTML. At most 60 questions are shown, the same number from each source: half are the worst judged, half
+        are drawn by a hash of their name. Pictures are embedded thumbnails.
     """
     items = {item["id"]: item for item in benchmark.items}
     task = benchmark.entry.task
@@ -105,7 +105,7 @@ def evaluation_page(
 
 
 def _threshold(results: dict[str, Any]) -> float:
-    """The threshold of the run; the median of its folds where each fold has its own."""
+    """The threshold of the run, or the median over folds if each fold has its own."""
     threshold = results["threshold"]
     return median(threshold) if isinstance(threshold, list) else threshold
 
@@ -190,7 +190,7 @@ def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _thumbnail(path: str) -> str | None:
-    """A data URI of at most some ten kilobytes, as the model sees it; `None` for a file that has become unreadable."""
+    """A thumbnail as a data URI of some ten kilobytes at most; `None` if the file has become unreadable."""
     try:
         canvas = open_image(path)
     except ValueError:

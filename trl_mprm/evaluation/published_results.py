@@ -1,11 +1,11 @@
 """
 Published figures on VisualProcessBench and PRMBench, each with its source and its convention.
 
-A row is a model and its figures in percent, as printed:
+A row holds a model and its figures in percent, as printed:
 
     InternVL2.5-8B BIS-10%             65.46 66.90 65.07 63.35 65.56 65.10
 
-Figures compare only within one convention; [`TABLES`] keeps them apart.
+Figures are comparable only within one convention; [`TABLES`] keeps conventions apart.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ class PublishedTable:
         source (`str`):
             Where the rows were printed.
         convention (`str`):
-            How the overall figure is made.
+            How the overall figure is computed.
         overall (`str`):
             Key of [`~metrics.step_metrics`] for the overall figure.
         threshold (`str` or `None`):
-            Threshold protocol of the rows; `None` where the source does not state it.
+            Threshold protocol of the rows; `None` if the publication does not state it.
         columns (`tuple[str, ...]`):
-            Sources of the benchmark behind the columns after the overall figure.
+            The benchmark's sources, one per column after the overall figure.
         rows (`list`):
-            `(model, overall, *figures)`, a figure `None` where none is printed.
+            `(model, overall, *figures)`; a figure is `None` where none is printed.
         decimals (`int`):
-            Digits after the point that the source prints.
+            Digits after the point, as printed.
         headline (`tuple[str, ...]`):
-            Models to show beside a result; all where it is empty.
+            Models to show beside a result; all if empty.
     """
 
     source: str
@@ -53,7 +53,7 @@ def _parse(text: str, n_columns: int) -> list[tuple]:
     return [(name, *(None if figure == "-" else float(figure) for figure in figures)) for name, *figures in rows]
 
 
-# Labelled steps of the test set by source: correct, incorrect. Neutral steps count nowhere.
+# Labelled steps of the test set by source: correct, incorrect. Neutral steps are not counted.
 VISUALPROCESSBENCH_STEPS = {
     "MathVision_MINI": (3875, 2350),
     "MathVerse_MINI_Vision_Only": (5767, 2960),
@@ -106,7 +106,7 @@ InternVL2.5-8B BIS-25% alpha 0.02  64.84 66.63 64.69 60.49 64.78 65.27
 InternVL2.5-8B BIS-25% alpha 0.08  64.86 67.10 64.47 59.96 64.88 65.35
 """
 
-# arXiv 2503.10291. The overall is higher than the step-weighted mean of the columns, as pooled macro-F1 is.
+# arXiv 2503.10291. The overall figure, a pooled macro-F1, is higher than the step-weighted mean of the columns.
 _VISUALPRM_PAPER = """
 Gemini-2.0-Flash     62.3 60.1 62.8 58.5 66.7 58.7
 VisualPRM-8B         62.0 62.1 61.0 58.5 62.7 61.8

@@ -1,5 +1,5 @@
 """
-A record of a benchmark to items to score, one function per format, in the formats in which they are published.
+Convert the records of benchmarks, in their published formats, to items to score, with one function per format.
 
 A line of VisualProcessBench (labels 1 correct, 0 neutral, -1 incorrect):
 
@@ -21,9 +21,9 @@ PRMBench lists the errors, counting from 1:
     {"idx": "circular_p1_0", "original_question": "...", "modified_question": "...", "classification": "circular",
      "modified_process": ["1. ...", "2. ..."], "error_steps": [2]}
 
-Best-of-N is our own: a question with candidates whose answers are known to be right or wrong. A candidate is a list of
-`steps`, or a `text` that [`~trl_mprm.splitting.split_steps`] splits at blank lines. Each becomes an item with neutral
-steps and `correct`:
+Best-of-N is our own format: a question with candidates whose answers are known to be right or wrong. A candidate is a
+list of `steps`, or a `text` that [`~trl_mprm.data.splitting.split_steps`] splits at blank lines. Each becomes an item with
+neutral steps and `correct`:
 
     {"question": "How many tiles are red?", "images": ["12.png"], "source": "tiles",
      "candidates": [{"steps": ["A and C are red.", "2"], "correct": true}, {"text": "One.\\n\\n1", "correct": false}]}
@@ -100,7 +100,7 @@ def prmbench(record: dict, stem: str, index: int, finder: ImageFinder, quirks: C
     for error in errors:
         if isinstance(error, bool) or not isinstance(error, int):
             raise Refused("bad_label", f"error_steps holds {error!r:.80}, expected the number of a step")
-    # PRMBench's own evaluator passes over numbers that name no step.
+    # PRMBench's own evaluator ignores numbers that do not belong to a step.
     quirks["error_steps_out_of_range"] += sum(not 1 <= error <= len(steps) for error in errors)
     return [
         {
@@ -160,7 +160,7 @@ def _images(names: list, finder: ImageFinder) -> list[str]:
 
 
 def _images_named(tags: list[str]) -> int:
-    """How many images `<image>` and `<imageN>` tags of a question ask for."""
+    """The number of images that the `<image>` and `<imageN>` tags of a question refer to."""
     if any(len(tag) > 9 for tag in tags):
         longest = max(tags, key=len)
         raise Refused("bad_field", f"question: expected the number of an image, got <image{longest:.9}...>")
@@ -175,7 +175,7 @@ def _group(question: str, images: list[str] = ()) -> str:
 
 @cache
 def image_digest(path: str) -> str:
-    """Copies of a picture are one picture here: it goes by its bytes, wherever it lies."""
+    """Hash the bytes of pictures rather than their paths, so that copies of a picture count as one."""
     return picture_key(Path(path).read_bytes())
 
 

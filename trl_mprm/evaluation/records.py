@@ -1,4 +1,4 @@
-"""The lines of `scores.jsonl`: read again, measured again with any threshold, and compared with those of another model."""
+"""Read the lines of `scores.jsonl`, measure them with any threshold, and compare them with those of another model."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from .tasks import task_of
 
 
 def recompute_metrics(scores_file: str | os.PathLike, threshold: float | str = "held_out") -> dict[str, Any]:
-    """Measure a `scores.jsonl` of [`evaluate_model`] again, without a model, with any threshold."""
+    """Measure a `scores.jsonl` of [`evaluate_model`] with any threshold, without a model."""
     records = read_scores(scores_file)
     return task_of(records).measure(records, threshold)
 
 
 def read_scores(scores_file: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read the records of a `scores.jsonl`. Raises `ValueError` with the line that is none."""
+    """Read the records of a `scores.jsonl`. Raises `ValueError` with the first line that is not a record."""
     if not Path(scores_file).is_file():
         raise FileNotFoundError(f"{scores_file}: no such file; expected a scores.jsonl written by `evaluate`")
     records = []
@@ -40,7 +40,7 @@ def compare_models(
     """
     Test whether two models differ on the items that both scored: [`~metrics.paired_bootstrap`] of two `scores.jsonl`.
 
-    Raises `ValueError` where an item has other labels in the other file, or no item is in both.
+    Raises `ValueError` if the labels of an item differ between the files, or if the files have no item in common.
     """
     records = {record["id"]: record for record in read_scores(scores_file) if record["scores"] is not None}
     pairs = []
@@ -59,7 +59,7 @@ def compare_models(
 
 
 def check_comparable(benchmark: Benchmark, other_file: str | os.PathLike) -> None:
-    """Raise, before anything is scored, where the scores of another model cannot be compared on a benchmark."""
+    """Raise, before anything is scored, if the scores of another model cannot be compared on a benchmark."""
     if not benchmark.entry.task.labelled:
         raise ValueError("two models are compared by their step labels, and best-of-N has none")
     labels = {item["id"]: item["labels"] for item in benchmark.items}

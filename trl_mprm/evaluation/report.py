@@ -1,4 +1,4 @@
-"""Results as the files that people read."""
+"""Write results as files for people to read."""
 
 import json
 import os
@@ -30,22 +30,22 @@ def write_report(
     folder: str | os.PathLike, benchmark: Benchmark, model_name: str, compare: str | os.PathLike | None = None
 ) -> list[Path]:
     """
-    Write what people read of an evaluation, from the `results.json` and `scores.jsonl` in `folder`.
+    Write the report of an evaluation from the `results.json` and `scores.jsonl` in `folder`.
 
     Args:
         folder (`str` or `os.PathLike`):
             Output folder of [`evaluate_model`].
         benchmark ([`Benchmark`]):
-            What was evaluated.
+            The benchmark.
         model_name (`str`):
-            Name of the model, a Hub id or of a local folder its name.
+            Name of the model: a Hub id, or the name of a local folder.
         compare (`str` or `os.PathLike`, *optional*):
-            `scores.jsonl` of another model; the result of [`compare_models`] joins the report and `results.json`.
+            `scores.jsonl` of another model; the result of [`compare_models`] is added to the report and `results.json`.
 
     Returns:
-        `list[Path]`: `results.md`, tables beside the published rows in their own convention, with `model-index` entries
-        as front matter; `evaluation.html`, single solutions with their step scores; and, for results on all records of
-        a published dataset, `.eval_results/{benchmark}.yaml` for the model's repository on the Hub.
+        `list[Path]`: `results.md`, with tables beside the published rows in their own convention and `model-index`
+        entries as front matter; `evaluation.html`, with single solutions and their step scores; and, for results on all
+        records of a published dataset, `.eval_results/{benchmark}.yaml` for the model's repository on the Hub.
     """
     folder = Path(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -71,13 +71,13 @@ def write_report(
 
 def results_markdown(results: dict[str, Any], records: Sequence[dict[str, Any]], model_name: str) -> str:
     """
-    Lay results out in Markdown, beside the published rows, each table in one convention.
+    Format results as Markdown beside the published rows, with one convention per table.
 
     Args:
         results (`dict`):
-            What [`evaluate_model`] returned.
+            Result of [`evaluate_model`].
         records (`Sequence[dict]`):
-            Lines of `scores.jsonl`: where a published table tunes its threshold, the model is measured that way too.
+            Lines of `scores.jsonl`; beside a published table with a tuned threshold the model is measured likewise.
         model_name (`str`):
             Name of the model.
     """
@@ -123,7 +123,7 @@ def _beside(
     records: Sequence[dict[str, Any]],
     model_name: str,
 ) -> list[str]:
-    """A published table with the row of this model among its own, measured in its convention."""
+    """A published table with an added row for this model, measured in the convention of the table."""
     threshold = table.threshold if table.threshold == "oracle" else _protocol(results)
     measured = entry.task.measure(records, threshold, n_resamples=0)
     own = {column: source["macro_f1"] for column, source in measured["sources"].items()}
@@ -151,22 +151,22 @@ def _beside(
 
 
 def _protocol(results: dict[str, Any]) -> float | str:
-    """The threshold argument that gave `results`."""
+    """The threshold argument that `results` were measured with."""
     return results["threshold"] if results["threshold_protocol"] == "fixed" else results["threshold_protocol"]
 
 
 def _incomplete(results: dict[str, Any], expected: int) -> list[str]:
-    """A caveat where the published rows stand on more solutions."""
+    """A caveat if the published rows are based on more solutions."""
     if results["n_solutions"] < expected:
         return [
-            f"The row of this model stands on {results['n_solutions']:,} solutions, the others on {expected:,}.",
+            f"The row of this model is based on {results['n_solutions']:,} solutions, the others on {expected:,}.",
             "",
         ]
     return []
 
 
 def _markdown(rows: list[list[str]], bold: list[str] | None = None) -> list[str]:
-    """A table in Markdown, whatever its cells hold; one row may be bold."""
+    """Format a Markdown table, escaping its cells; one row may be bold."""
     escaped = [[f"**{markdown(cell)}**" if row is bold else markdown(cell) for cell in row] for row in rows]
     align = ["---", *("---:" for _ in rows[0][1:])]
     return [f"| {' | '.join(row)} |" for row in (escaped[0], align, *escaped[1:])]

@@ -1,13 +1,13 @@
 """
 Score a benchmark with a model, keep every score, and measure.
 
-An item of [`read_benchmark`] goes in:
+An item of [`read_benchmark`]
 
     {"id": "DynaMath:0", "images": ["/data/images/12.png"], "prompt": "How many tiles are red?",
      "completions": ["A and C are red.", "So 3."], "labels": [1, -1], "source": "DynaMath", "group": "5f0c...",
      "policy_model": "GPT-4o"}
 
-and a line of `scores.jsonl` comes out, from which every measure can be computed again without a model:
+becomes a line of `scores.jsonl`, from which every measure can be recomputed without a model:
 
     {"id": "DynaMath:0", "source": "DynaMath", "group": "5f0c...", "policy_model": "GPT-4o", "labels": [1, -1],
      "scores": [0.97, 0.08]}
@@ -45,13 +45,12 @@ def evaluate_model(
     """
     Score every item of a benchmark and measure the scores.
 
-    An interrupted run continues where it stopped when it is started again with the same model, items and batch size,
-    and then gives the same files to the byte. Under `accelerate launch` the items are shared between the processes,
-    all of which must call this.
+    An interrupted run continues where it stopped if it is started again with the same model, items and batch size, and
+    gives byte-identical files. Under `accelerate launch` the processes share the items, and all must call this.
 
     Args:
         model ([`ProcessRewardModel`]):
-            Or any object with its `score_batch(rows, batch_size=...)`.
+            A model, or any object with its method `score_batch(rows, batch_size=...)`.
         benchmark ([`Benchmark`], `str` or `os.PathLike`):
             From [`read_benchmark`], or a path for it.
         threshold (`float` or `str`, *optional*, defaults to `"held_out"`):
@@ -60,12 +59,12 @@ def evaluate_model(
             Rows scored at once.
         output_dir (`str` or `os.PathLike`, *optional*):
             Folder for `scores.jsonl` (one line per item: id, source, group, policy model, labels, scores) and
-            `results.json` (what is returned).
+            `results.json` (the returned value).
 
     Returns:
         `dict`: the metrics of [`~metrics.step_metrics`], or of [`~metrics.best_of_n_metrics`] for best-of-N, and under
-        `"benchmark"` what was read, refused and peculiar, and the items that `failed`, each with its error. A benchmark
-        with scores of its own has them under its name (`"prmbench"`).
+        `"benchmark"` the counts of records read, refused and odd, and the items that `failed`, each with its error. The
+        own scores of a benchmark are under its name (`"prmbench"`).
 
     Raises:
         `ValueError`: no item could be scored, or see [`read_benchmark`] and [`~metrics.step_metrics`].
@@ -110,17 +109,16 @@ def score_items(
     model: "ProcessRewardModel", items: Sequence[dict[str, Any]], batch_size: int = 8, folder: Path | None = None
 ) -> list[dict[str, Any]]:
     """
-    Score items chunk by chunk; with a `folder` the scores outlive the process, and processes share the work.
+    Score items chunk by chunk. With a `folder`, scores outlive the process, and several processes share the work.
 
-    A chunk holds whole questions, at least four batches. Its records are appended to
-    `.scores.jsonl.{fingerprint}.{process}.part` in one write, and a chunk that is not there to its last record is
-    scored anew. Chunks are the same whatever was interrupted and however many processes there are, and so are the
-    batches, hence the scores. The [`fingerprint`] covers all that decides a score. Several machines need one common
-    folder.
+    A chunk holds whole questions and at least four batches. Its records are appended to
+    `.scores.jsonl.{fingerprint}.{process}.part` in one write, and a chunk with a missing record is scored again. Chunks,
+    batches and hence scores do not depend on interruptions or on the number of processes. The [`fingerprint`] covers
+    everything that determines a score. Several machines need a common folder.
 
     Returns:
-        `list[dict]`: a record for each item, in their order: id, source, group, policy model, labels, scores; `scores`
-        is `None` beside an `error` for an item that cannot be scored.
+        `list[dict]`: a record for each item, in order: id, source, group, policy model, labels, scores. For an item that
+        cannot be scored, `scores` is `None` and there is an `error`.
     """
     from accelerate import PartialState
 
@@ -133,11 +131,11 @@ def score_items(
         parts = f".scores.jsonl.{fingerprint(model, items, batch_size)}"
         done = _read_parts(folder, parts)
         own = folder / f"{parts}.{state.process_index}.part"
-        if own.is_file():  # a write that was cut short has no newline at its end
+        if own.is_file():  # a truncated write has no newline at its end
             with open(own, "rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
         state.wait_for_everyone()  # nobody writes before everybody has read
-    scored = {name for name, record in done.items() if record["scores"] is not None}  # what failed is tried again
+    scored = {name for name, record in done.items() if record["scores"] is not None}  # failed items are tried again
     chunks = [chunk for chunk in _chunks(items, batch_size) if not scored.issuperset(item["id"] for item in chunk)]
     mine = chunks[state.process_index :: state.num_processes]
     with tqdm(total=sum(map(len, mine)), desc="scoring", unit="item", delay=2, disable=state.process_index > 0) as bar:
@@ -157,7 +155,7 @@ def score_items(
 
 
 def _chunks(items: Sequence[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """Items of one question stay together, as their prefix is computed once."""
+    """Split items into chunks that keep a question together, because its prefix is computed once."""
     questions: dict[str, list[dict]] = {}
     for item in items:
         questions.setdefault(item["group"], []).append(item)
@@ -172,13 +170,13 @@ def _chunks(items: Sequence[dict[str, Any]], batch_size: int) -> Iterator[list[d
 
 
 def _score_chunk(model: "ProcessRewardModel", chunk: list[dict], batch_size: int) -> list[list[float] | str]:
-    """Scores of each item, or its error: a chunk that cannot be scored is halved until the bad item stands alone."""
+    """Scores or error of each item; a chunk that cannot be scored is halved until the bad item is alone."""
     rows = [
         {**{key: item[key] for key in ("images", "prompt", "completions")}, "rollout_id": item["id"]} for item in chunk
     ]
     try:
         scores = model.score_batch(rows, batch_size=batch_size)
-    except Exception as error:  # whatever one item brings about, memory running out too, the others are scored
+    except Exception as error:  # whatever one item causes, even running out of memory, the others are scored
         if len(chunk) == 1:
             text = " ".join(str(error).split())
             plain = text and isinstance(error, ValueError | OSError)
@@ -205,7 +203,7 @@ def _read_parts(folder: Path, parts: str) -> dict[str, dict]:
     records = {}
     for file in folder.glob(f"{parts}.*.part"):
         for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):  # a write that was cut short
+            if not line.endswith(b"\n"):  # a truncated write
                 continue
             try:
                 record = json.loads(line)

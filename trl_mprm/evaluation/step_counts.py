@@ -1,8 +1,8 @@
 """
-Checked step labels and scores as arrays of counts, and the measures that follow from them.
+Turn checked step labels and scores into arrays of counts, and compute measures from these.
 
-Steps are counted by question, source, label and prediction, so that a bootstrap over questions weighs the counts of each
-question and never looks at a step again.
+Steps are counted by question, source, label and prediction, so that a bootstrap over questions only weights the counts
+of each question and never returns to the steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class Steps:
         return Steps(*([values[index] for index in members] for values in self.lists))
 
     def predict(self, threshold: float | str) -> tuple[np.ndarray, float | list[float], str]:
-        """Which steps are predicted correct, shape `(steps,)`; the threshold, or one per fold; its protocol."""
+        """Return which steps are predicted correct, shape `(steps,)`; the threshold, or one per fold; the protocol."""
         if threshold == "held_out":
             fold_of = _folds(self.group_of, self.source_of)
             fold = fold_of[self.group]
@@ -66,14 +66,14 @@ class Steps:
     def overall(self, predicted: np.ndarray) -> Callable[[np.ndarray], dict[str, float]]:
         """Return the measures as a function of `weight`, where question g counts `weight[g]` times."""
         counts = self.counts(predicted)
-        # Solutions by group, source, with an error or without; their number, and how many of them hit the first error.
+        # Counts of solutions, and of those with the first error found, by group, source, and presence of an error.
         solved = np.zeros((self.n_groups, len(self.source_names), 2, 2))
         truth, found = (_first(~each, self.solution, self.n_solutions) for each in (self.correct, predicted))
         measured = np.unique(self.solution)
         cell = (self.group_of[measured], self.source_of[measured], (truth[measured] < len(predicted)) * 1)
         np.add.at(solved, (*cell, 0), 1)
         np.add.at(solved, (*cell, 1), (truth == found)[measured])
-        # Steps by group and bin; their number, and the sums of scores and of labels.
+        # Number of steps, sum of scores and sum of labels, by group and bin.
         bins = np.zeros((self.n_groups, CALIBRATION_BINS, 3))
         columns = (np.ones(len(self.score)), self.score, self.correct)
         np.add.at(bins, (self.group, _bin(self.score)), np.stack(columns, axis=-1))
@@ -85,7 +85,7 @@ class Steps:
             total = np.tensordot(weight, counts, axes=1)
             macro_f1 = class_f1(total).mean(-1)
             n_steps = total.sum()
-            # Correct and incorrect steps at each distinct score, lowest first.
+            # Counts of correct and incorrect steps at each distinct score, lowest first.
             step_weight = weight[self.group]
             good = np.bincount(rank, step_weight * self.correct, minlength=n_ranks)
             bad = np.bincount(rank, step_weight * ~self.correct, minlength=n_ranks)
@@ -117,8 +117,8 @@ def class_f1(counts: np.ndarray) -> np.ndarray:
     """
     F1 of the incorrect and of the correct class, `2 TP / (labelled + predicted)`, shape `(..., 2)`.
 
-    `counts` is steps by label and prediction, shape `(..., 2, 2)`, index 1 for correct. The F1 of a class that labels
-    no step is NaN.
+    `counts` holds steps by label and prediction, shape `(..., 2, 2)`, index 1 for correct. The F1 of a class without
+    labelled steps is NaN.
     """
     hits = counts[..., (0, 1), (0, 1)]
     labelled, predicted = counts.sum(-1), counts.sum(-2)
@@ -127,7 +127,7 @@ def class_f1(counts: np.ndarray) -> np.ndarray:
 
 def step_weighted_mean(values: np.ndarray, n_steps: np.ndarray) -> np.ndarray:
     """
-    Mean of the last axis weighted by `n_steps`; NaN values are left out, nothing left gives NaN.
+    Mean over the last axis weighted by `n_steps`, ignoring NaN values; NaN if nothing is left.
 
     Examples:
     ```python
@@ -146,10 +146,10 @@ def step_weighted_mean(values: np.ndarray, n_steps: np.ndarray) -> np.ndarray:
 
 def best_threshold(correct: np.ndarray, scores: np.ndarray, sources: np.ndarray | None = None) -> float:
     """
-    Find the threshold in [0, 1] with the highest `macro_f1_step_weighted`, exactly: one sort, one pass a source.
+    Find the threshold in [0, 1] with the highest `macro_f1_step_weighted`, exactly: one sort, one pass per source.
 
-    Candidates are 0, 0.5 and the middle of each gap between neighbouring distinct scores (0 and 1 included), which is
-    every split that a threshold can make. Of equally good ones the nearest to 0.5 wins, then the lower.
+    Candidates are 0, 0.5 and the middle of each gap between neighbouring distinct scores (0 and 1 included), which covers
+    every split that a threshold can make. Among equally good ones the nearest to 0.5 wins, then the lower.
 
     `correct` (True for a step labelled correct), `scores` and `sources` (default: one source) have shape `(steps,)`.
 
@@ -167,13 +167,13 @@ def best_threshold(correct: np.ndarray, scores: np.ndarray, sources: np.ndarray 
     correct, scores, sources = correct[order], scores[order], sources[order]
     edges = np.unique(np.concatenate(([0.0], scores, [1.0])))
     middles = (edges[:-1] + edges[1:]) / 2
-    # Between neighbouring floats the middle rounds to one of them; it must not be the lower, which would count too.
+    # The middle of neighbouring floats rounds to one of them. It must not be the lower, which the threshold would include.
     candidates = np.concatenate(([0.0, 0.5], np.where(middles > edges[:-1], middles, edges[1:])))
     below = np.searchsorted(scores, candidates)
     value, n_steps = np.zeros(len(candidates)), 0
     for source in np.unique(sources):
         here = sources == source
-        # Of this source below each candidate: correct steps that are missed, incorrect steps that are caught.
+        # For this source and each candidate: correct steps below it (missed), incorrect steps below it (caught).
         good, bad = (np.concatenate(([0], np.cumsum(here & each))) for each in (correct, ~correct))
         missed, caught, n_good, n_bad = good[below], bad[below], good[-1], bad[-1]
         if n_good and n_bad:
@@ -181,7 +181,7 @@ def best_threshold(correct: np.ndarray, scores: np.ndarray, sources: np.ndarray 
             f1_bad = 2 * caught / (n_bad + missed + caught)
             value += (n_good + n_bad) * (f1_good + f1_bad) / 2
             n_steps += n_good + n_bad
-    # Rounded, so that equal counts added up in another order still tie. Nothing defined ties too: 0.5.
+    # Rounded, so that equal counts summed in another order still tie. If nothing is defined, all tie and 0.5 wins.
     value = (value / max(n_steps, 1)).round(12)
     best = candidates[value == value.max()]
     return float(best[np.lexsort((best, np.abs(best - 0.5)))[0]])
@@ -192,9 +192,9 @@ def calibration_bins(labels: Sequence[Sequence[int]], scores: Sequence[Sequence[
     Compare scores with the share of correct steps, in 15 bins of equal width; neutral steps are left out.
 
     Returns:
-        `list[dict]`: per bin `low` (exclusive, but for 0), `high` (inclusive), `n_steps`, and where it has steps
-        `mean_score` and `share_correct`. `calibration_error` of [`step_metrics`] is the mean distance of these two,
-        weighted by `n_steps`.
+        `list[dict]`: for each bin `low` (exclusive, except 0), `high` (inclusive), `n_steps` and, if it has steps,
+        `mean_score` and `share_correct`. `calibration_error` of [`step_metrics`] is the mean distance between these
+        two, weighted by `n_steps`.
 
     Examples:
     ```python
@@ -224,18 +224,18 @@ def check_scores(name: str, scores: Sequence[float]) -> None:
 
 
 def _ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.ndarray:
-    """`numerator / denominator`, NaN where the denominator is 0."""
+    """`numerator / denominator`, or NaN where the denominator is 0."""
     numerator, denominator = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator > 0)
 
 
 def _harmonic_mean(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """`2ab / (a + b)`, 0 for two zeros, NaN where either is."""
+    """`2ab / (a + b)`, or 0 for two zeros, or NaN where either is NaN."""
     return np.where(one + other == 0, 0.0, _ratio(2 * one * other, one + other))
 
 
 def _average_precision(found: np.ndarray, others: np.ndarray) -> float:
-    """Sum of precision times the gain in recall, going down the distinct scores; steps at each of them are given."""
+    """Sum of precision times the gain in recall over descending distinct scores, given the steps at each."""
     if found.sum() == 0 or others.sum() == 0:
         return np.nan
     precision = _ratio(np.cumsum(found), np.cumsum(found + others))
@@ -248,7 +248,7 @@ def _bin(scores: np.ndarray) -> np.ndarray:
 
 
 def _folds(group_of: np.ndarray, source_of: np.ndarray) -> np.ndarray:
-    """Fold of each question: dealt out source by source in the order of names, whatever the order of the input."""
+    """Fold of each question. Folds are dealt source by source in the order of names, whatever the input order."""
     n_groups = group_of.max() + 1
     if n_groups < 2:
         raise ValueError('threshold="held_out" needs at least 2 questions, got 1: pass a number instead')
@@ -260,14 +260,14 @@ def _folds(group_of: np.ndarray, source_of: np.ndarray) -> np.ndarray:
 
 
 def _first(wrong: np.ndarray, solution: np.ndarray, n_solutions: int) -> np.ndarray:
-    """Position of the first wrong step of each solution; `len(wrong)` for none."""
+    """Position of the first wrong step of each solution, or `len(wrong)` if it has none."""
     first = np.full(n_solutions, len(wrong))
     np.minimum.at(first, solution[wrong], np.flatnonzero(wrong))
     return first
 
 
 def _flatten(labels, scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Check every solution; return labels, scores and the solution of each step, shape `(steps,)`."""
+    """Check every solution; return the label, score and solution of each step, shape `(steps,)`."""
     if len(labels) == 0:
         raise ValueError("expected at least one solution, got none")
     for index, pair in enumerate(zip(labels, scores, strict=True)):

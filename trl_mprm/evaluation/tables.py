@@ -1,4 +1,4 @@
-"""Results as tables of strings."""
+"""Format results as tables of strings."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ..cards.measures import F1_CONVENTIONS, MEASURES
 
 def table_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """
-    Lay metrics out as a table of strings, in percent: header, a row per source, a row per overall convention.
+    Format metrics as a table of strings in percent: header, a row per source, a row per overall convention.
 
     Examples:
     ```python
@@ -36,7 +36,7 @@ def table_rows(metrics: dict[str, Any]) -> list[list[str]]:
 
 def measure_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """
-    Lay the measures that stand beside F1 out as a table of strings, in percent; for best-of-N its accuracies.
+    Format the measures other than F1 as a table of strings in percent; for best-of-N, the accuracies.
 
     Examples:
     ```python
@@ -56,7 +56,7 @@ def measure_rows(metrics: dict[str, Any]) -> list[list[str]]:
 
 
 def comparison_rows(tests: dict[str, dict]) -> list[list[str]]:
-    """Lay a result of [`~records.compare_models`] out as a table of strings, in percent."""
+    """Format a result of [`~records.compare_models`] as a table of strings in percent."""
     rows = [["measure", "this model", "other model", "difference", "95% interval", "p"]]
     for key, measure in MEASURES.items():
         if key in tests:

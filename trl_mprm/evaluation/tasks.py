@@ -1,6 +1,6 @@
 """
-What the items of a benchmark are measured by, and how that is told: by the labels of their steps, or, where candidates of a
-question are known to be right or wrong, by the candidate that the scores rank first.
+The tasks by which the items of a benchmark are measured: by the labels of their steps or, where candidates of a question
+are known to be right or wrong, by the candidate that the scores rank first.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,21 +22,21 @@ class Task:
 
     Args:
         labelled (`bool`):
-            Whether steps have labels; then there is a threshold, and two models can be compared step by step.
+            Whether steps have labels; if so, there is a threshold, and two models can be compared step by step.
         measure (`Callable`):
             `(records, threshold, **kwargs) -> metrics`.
         summary (`Callable`):
-            What was measured, in words, from the metrics.
+            Says from the metrics, in words, what was measured.
         tables (`tuple[Callable, ...]`):
-            The tables of a result, each from the metrics.
+            Each makes a table of the result from the metrics.
         source_columns (`tuple[tuple[str, str], ...]`):
-            Of the page's table of sources: heading and key of each column; the first share of them is drawn as a bar.
+            Heading and key of each column in the page's table of sources; the first share is drawn as a bar.
         card_of (`str`):
-            The key of a record that a card of the page stands for.
+            The key of a record by which the page groups records into cards.
         misjudged (`Callable`):
-            How far the scores of a record are from the truth.
+            Measures how far the scores of a record are from the truth.
         verdict (`Callable`):
-            The verdict on a record, a key of the page's `VERDICTS`: `(record, labelled steps below the threshold)`.
+            Maps `(record, labelled steps below the threshold)` to a verdict, a key of the page's `VERDICTS`.
     """
 
     labelled: bool
@@ -50,7 +50,7 @@ class Task:
 
 
 def task_of(records: Sequence[Record]) -> Task:
-    """The task that records belong to: those of best-of-N say whether an answer is correct."""
+    """The task that records belong to; only those of best-of-N say whether an answer is correct."""
     return BEST_OF_N if all("correct" in record for record in records) else STEP_CORRECTNESS
 
 
@@ -103,7 +103,7 @@ STEP_CORRECTNESS = Task(
 
 
 def _measure_choice(records: Sequence[Record], threshold: float | str, **kwargs: Any) -> dict[str, Any]:
-    """A question counts only with all of its candidates: its best is not known otherwise. There is no threshold."""
+    """Measure the questions whose candidates all have scores, since the best is unknown otherwise. No threshold applies."""
     failed = {record["group"] for record in records if record["scores"] is None}
     whole = [record for record in records if record["group"] not in failed]
     columns = ([record[key] for record in whole] for key in ("correct", "scores", "group", "source"))

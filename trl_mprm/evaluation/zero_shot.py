@@ -1,4 +1,4 @@
-"""A base that was never trained as a process reward model, to be measured beside one that was."""
+"""Load a base model that was never trained as a process reward model, to compare it with one that was."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..scoring import ProcessRewardModel
 
 
 def is_base(model_id: str) -> bool:
-    """Whether a folder or Hub id holds a model that nothing says how to read as a process reward model."""
+    """Whether a folder or Hub id holds a model without a step format, so that it is no process reward model."""
     if model_id in CHECKPOINTS:
         return False
     folder = Path(model_id) if Path(model_id).is_dir() else download_model(model_id, allow_patterns=["*.json"])
@@ -21,8 +21,8 @@ def is_base(model_id: str) -> bool:
 
 def load_zero_shot(model_id: str, quantization_config: Any = None, **model_init_kwargs: Any) -> ProcessRewardModel:
     """
-    Load a base with the marker added in memory, a token that it has never seen: what a trainer holds before its first
-    step. Its scores are P("Yes") against P("No") at the marker.
+    Load a base model and add the marker, a token that it has never seen, in memory; this is the state of a trainer before
+    its first step. Its scores compare P("Yes") with P("No") at the marker.
     """
     model = load_model(model_id, quantization_config, **model_init_kwargs)
     processing_class = load_processing_class(model_id, is_vision_language(model.config))

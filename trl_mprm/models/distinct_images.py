@@ -79,9 +79,7 @@ def _forward_distinct(
     sizes = before.sizes + [sizes[index] for index in new]
     if seen is not None:
         seen[shape] = _Encoded(before.pictures + [parts[index] for index in new], sizes, output)
-    whole = seen is None and len(new) == len(
-        parts
-    )  # the kept output is never handed out, because models write into it
+    whole = seen is None and len(new) == len(parts)  # a kept output is not handed out: models write into it
     return output if whole else _spread(output, sizes, place)
 
 

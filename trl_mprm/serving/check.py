@@ -1,11 +1,11 @@
 """
-Compare the scores that a server gives with those that were stored beside the exported model.
+Compare the scores of a server with those stored beside the exported model.
 
-It needs Python alone, so that it travels in the folder of the model as `check.py`:
+It needs only Python, so it can be shipped in the folder of the model as `check.py`:
 
     python check.py http://127.0.0.1:8000
 
-`parity.json` beside it holds what is asked and what should come back:
+`parity.json` beside it holds requests and the scores to expect:
 
     {"model": "prm", "good": 1, "cases": [{"request": {...}, "scores": [0.93, 0.11]}, ...]}
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 PARITY = "parity.json"
-# Largest difference of two scores that rounding explains: the weights are read in float32, or in bfloat16.
+# The largest differences of scores that rounding explains, with weights in float32 and in bfloat16.
 FLOAT32, BFLOAT16 = 1e-4, 3e-2
 
 
@@ -29,7 +29,7 @@ def check(url: str, folder: str | os.PathLike, api_key: str | None = None, timeo
 
     Args:
         url (`str`):
-            Address of the server, as `http://127.0.0.1:8000`.
+            Address of the server, e.g. `http://127.0.0.1:8000`.
         folder (`str` or path):
             Folder with `parity.json`.
         api_key (`str`, *optional*):
@@ -42,7 +42,7 @@ def check(url: str, folder: str | os.PathLike, api_key: str | None = None, timeo
         numbers of rows and steps differ), and `verdict`, one sentence.
 
     Raises:
-        `OSError`: the server cannot be reached or refuses, with what it said.
+        `OSError`: the server cannot be reached or refuses; the message quotes its answer.
     """
     parity = json.loads(Path(folder, PARITY).read_text(encoding="utf-8"))
     steps = rows = 0

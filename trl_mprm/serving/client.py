@@ -1,11 +1,11 @@
 """
-A process reward model behind a server, used like one in this process.
+Use a process reward model behind a server like one in this process.
 
     prm = RemoteProcessRewardModel("http://127.0.0.1:8000")
     prm.best_of_n(["a.png"], "How many?", [["A and C.", "So 2."], ["One."]])
 
-It speaks vLLM's `/pooling`, which `trl-mprm serve` understands too: one request per solution, many under way at once. Our
-server runs the picture and the question of those that wait together once.
+The client speaks vLLM's `/pooling` protocol, which `trl-mprm serve` understands too: one request per solution, many at
+once. Our server runs the picture and the question of solutions that wait together only once.
 """
 
 import os
@@ -30,25 +30,25 @@ API_KEY = "TRL_MPRM_API_KEY"
 
 class RemoteProcessRewardModel(StepScorer):
     """
-    Scores through a server: `trl-mprm serve`, or a vLLM that serves what `trl-mprm export` wrote.
+    Scores steps through a server: `trl-mprm serve`, or vLLM with a model from `trl-mprm export`.
 
     Args:
         url (`str`):
-            Address of the server, as `http://127.0.0.1:8000`.
+            Address of the server, e.g. `http://127.0.0.1:8000`.
         model (`str`, *optional*):
             Name under which the server offers the model. Defaults to the first one it offers.
         api_key (`str`, *optional*):
             Key of the server. Defaults to the environment variable `TRL_MPRM_API_KEY`.
         step_format ([`StepFormat`], *optional*):
-            Marker and joiner of the model. Defaults to what our server says, and to `<prm>` and a blank line.
+            Marker and joiner of the model. Defaults to those that our server reports, else to `<prm>` and a blank line.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds to wait for one answer.
         retries (`int`, *optional*, defaults to `5`):
             How often a request is sent again, at growing intervals, while the server is busy or away.
 
     Raises:
-        `ConnectionError`: the server cannot be reached, or answers with an error of its own. `ValueError`: an address or
-        a model that is none.
+        `ConnectionError`: the server cannot be reached, or answers with an internal error. `ValueError`: an invalid
+        address, or a model that the server does not offer.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RemoteProcessRewardModel(StepScorer):
             raise ValueError(f"url is {url!r}, expected the address of a server, as http://127.0.0.1:8000")
         self.url, self.timeout = url.rstrip("/"), timeout
         self.session = requests.Session()
-        # What a server says while it is busy or starting; connections that fail are tried again as well.
+        # The answers of a server that is busy or starting; failed connections are retried as well.
         again = Retry(retries, backoff_factor=0.5, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
         again.respect_retry_after_header = True
         adapter = HTTPAdapter(pool_maxsize=256, max_retries=again)
@@ -81,7 +81,7 @@ class RemoteProcessRewardModel(StepScorer):
         told = {"marker": entry.get("step_marker"), "joiner": entry.get("step_joiner")}
         own = StepFormat(**{key: value for key, value in told.items() if value is not None})
         self.step_format = step_format or own
-        self.reads_images = entry.get("reads_images", True)  # vLLM does not tell; it refuses what it does not read
+        self.reads_images = entry.get("reads_images", True)  # vLLM does not say; it refuses images that it does not read
 
     def score_batch(self, rows: Sequence[dict[str, Any]], batch_size: int = 16) -> list[list[float]]:
         """
@@ -91,14 +91,14 @@ class RemoteProcessRewardModel(StepScorer):
             rows (`Sequence[dict]`):
                 Rows with `prompt`, `completions` and optional `images`, as in training.
             batch_size (`int`, *optional*, defaults to `16`):
-                Requests under way at once.
+                Number of concurrent requests.
 
         Returns:
             `list[list[float]]`: P(step good) of each step of each row, in the order of `rows`.
 
         Raises:
-            `ValueError`: a row that cannot be scored, with its name and what the server says. `ConnectionError`: the
-            server. `RuntimeError`: the server does not read at the markers.
+            `ValueError`: a row cannot be scored; the message names it and quotes the server. `ConnectionError`: the
+            server fails or cannot be reached. `RuntimeError`: the server does not read at the markers.
         """
         with ThreadPoolExecutor(batch_size) as pool, tqdm(total=len(rows), desc="Scoring", unit="row", delay=2) as bar:
             scores = []
@@ -139,7 +139,7 @@ class RemoteProcessRewardModel(StepScorer):
 
 
 def _message(answer: requests.Response) -> str:
-    """What a server says of an error, in the form of OpenAI's API or in its own."""
+    """The message of an error answer, in the form of OpenAI's API or in the server's own."""
     try:
         content = answer.json()
     except ValueError:

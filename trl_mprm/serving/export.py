@@ -1,8 +1,8 @@
 """
-A process reward model as a folder that a stock server loads, without a plugin.
+Export a process reward model as a folder that a stock server loads without a plugin.
 
-vLLM makes a classifier of a language model by itself when `config.json` says which tokens are its classes: it cuts two
-rows out of the LM head, and its STEP pooling reads them at each marker. What is written:
+vLLM turns a language model into a classifier by itself when `config.json` says which tokens are its classes: it cuts two
+rows out of the LM head, and its STEP pooling reads them at each marker. The folder holds:
 
     model.safetensors, tokenizer, processor    merged weights as they were trained, nothing added
     config.json                                + classifier_from_token, method, num_labels
@@ -46,18 +46,18 @@ SERVED = (
 
 def export_for_vllm(prm: ProcessRewardModel, folder: str | os.PathLike, name: str = "prm") -> dict[str, str]:
     """
-    Write a model that `vllm serve` loads as it is.
+    Write a model that `vllm serve` loads without changes.
 
     Args:
         prm ([`ProcessRewardModel`]):
             A full model, or an adapter, which is merged (4-bit weights are dequantised first).
         folder (`str` or path):
-            Folder to write; it must not exist, or be empty.
+            Folder to write; it must be new or empty.
         name (`str`, *optional*, defaults to `"prm"`):
             Name under which the server offers the model.
 
     Returns:
-        `dict[str, str]`: what was written, for a table.
+        `dict[str, str]`: the contents of the export, for a table.
 
     Raises:
         `ValueError`: a classification head, a layout without a marker of its own, or an architecture that vLLM does not
@@ -118,7 +118,7 @@ def check_exportable(prm: ProcessRewardModel) -> None:
 
 def chat_template_of_steps(template: str) -> str:
     """
-    A chat template that leaves the assistant's last turn open: the steps stand behind the generation prompt as they are.
+    Change a chat template so that a final assistant turn stays open: its steps follow the generation prompt unchanged.
 
     Examples:
     ```python
@@ -142,7 +142,7 @@ def chat_template_of_steps(template: str) -> str:
 
 
 def serve_command(folder: str | os.PathLike, name: str, marker: int) -> str:
-    """The command that serves an exported folder."""
+    """The shell command that serves an exported folder."""
     pooler = json.dumps({"task": TASK, "tok_pooling_type": "STEP", "step_tag_id": marker}, separators=(",", ":"))
     return (
         f"vllm serve {shlex.quote(str(folder))} --served-model-name {shlex.quote(name)} --runner pooling "
@@ -151,7 +151,7 @@ def serve_command(folder: str | os.PathLike, name: str, marker: int) -> str:
 
 
 def example_rows(images: bool) -> list[dict]:
-    """Four solutions of two questions, to compare servers by; pictures of two sizes where the model reads them."""
+    """Four solutions of two questions for comparing servers, with pictures of two sizes if the model reads them."""
     pictures = []
     for size, colours in (((112, 84), ("red", "blue")), ((224, 168), ("green", "orange"))):
         picture = Image.new("RGB", size, "white")

@@ -1,4 +1,4 @@
-"""What a client may take of a server: bytes, time, connections."""
+"""Limit the bytes, time and connections that a client may use."""
 
 import asyncio
 import time
@@ -9,15 +9,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 class BoundedRequests:
     """
-    ASGI middleware: a body that is too large is refused before it is read whole, one that comes too slowly is given up.
+    ASGI middleware that refuses a body that is too large before reading all of it, and one that comes too slowly.
 
     Args:
         app (ASGI application):
-            What is protected.
+            The application to protect.
         max_bytes (`int`):
-            Of a body; 413 beyond.
+            Size limit of a body; beyond it the answer is 413.
         max_seconds (`float`):
-            Until a body is here whole; 408 beyond.
+            Time limit for receiving a body; beyond it the answer is 408.
         metrics (`Metrics`):
             Counts requests by route and status, and their seconds.
     """
@@ -44,7 +44,7 @@ class BoundedRequests:
             else:
                 await _answer(sent, *refusal)
         finally:
-            route = getattr(scope.get("route"), "path", "other")  # a path that no route knows is a client's own words
+            route = getattr(scope.get("route"), "path", "other")  # an unknown path is arbitrary text from a client
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - started)
 
@@ -71,7 +71,7 @@ class BoundedRequests:
 
 
 def _replayed(body: bytes, receive: Any) -> Any:
-    """`receive` of an application whose body was read already: once the body, then what comes after it."""
+    """A `receive` callable for a body that was already read: it returns the body once, then passes on later messages."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> dict:
@@ -92,7 +92,7 @@ class BoundedConnections(H11Protocol):
     uvicorn's HTTP/1.1 protocol (`uvicorn/protocols/http/h11_impl.py`), with two more bounds: connections beyond
     `most` are closed at once, and one that has not sent the head of a request within `seconds` is closed.
 
-    uvicorn bounds neither: its `limit_concurrency` counts whole requests, and its keep-alive timer starts behind the
+    uvicorn bounds neither: its `limit_concurrency` counts whole requests, and its keep-alive timer starts only after the
     first answer. Ten thousand idle connections would take ten thousand file handles.
     """
 
@@ -110,5 +110,5 @@ class BoundedConnections(H11Protocol):
         super().connection_lost(error)
 
     def _close_unless_asked(self) -> None:
-        if self.cycle is None:  # no request has come whole up to its head
+        if self.cycle is None:  # no complete request head has arrived
             self.transport.abort()

@@ -1,5 +1,5 @@
 """
-One solution as a request to `/pooling`, as vLLM takes it, and back.
+Convert a solution to a request to `/pooling` in vLLM's form, and back.
 
     {"images": [picture], "prompt": "How many?", "completions": ["A and C.", "So 2."]}
 
@@ -22,7 +22,7 @@ from ..prompting.tokens import images_of
 
 
 TASK = "token_classify"
-GOOD = 1  # place of P(good) in a pair
+GOOD = 1  # index of P(good) in a pair
 
 
 def pooling_request(row: dict[str, Any], step_format: StepFormat, model: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def pooling_request(row: dict[str, Any], step_format: StepFormat, model: str) ->
 
 
 def data_url(image: Any) -> str:
-    """A picture as a data URL, without loss: what the server sees has the pixels that were given."""
+    """Encode a picture losslessly as a data URL, so that the server sees the same pixels."""
     data = io.BytesIO()
     open_image(image).save(data, "PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -76,9 +76,9 @@ def data_url(image: Any) -> str:
 
 def solution_of(messages: list[dict[str, Any]], step_format: StepFormat) -> tuple[list[str], list[Any], list[str]]:
     """
-    Question turns, pictures (as the request names them) and steps of a request.
+    Extract question turns, pictures (as the request names them) and steps from a request.
 
-    Raises `ValueError` where the messages are not a user turn, then an assistant turn that ends with a marker.
+    Raises `ValueError` unless the messages are a user turn, then an assistant turn that ends with a marker.
 
     Examples:
     ```python

@@ -1,4 +1,4 @@
-"""Where a server takes pictures from, and how much of anything it takes."""
+"""The sources from which a server accepts pictures, and the limits on requests."""
 
 import base64
 import io
@@ -16,16 +16,16 @@ from ..data.rows import Refused
 @dataclass(frozen=True)
 class Limits:
     """
-    What a client may send.
+    The limits on what a client may send.
 
     Attributes:
-        body_bytes (`int`): Of one request.
-        body_seconds (`float`): Until a request is here whole.
-        images (`int`): Of one question.
-        image_pixels (`int`): Of one picture.
-        tokens (`int`): Of question and steps of one solution, those of pictures not counted.
-        candidates (`int`): Of one question.
-        waiting (`int`): Solutions that wait for the model.
+        body_bytes (`int`): Bytes per request.
+        body_seconds (`float`): Seconds in which a whole request must arrive.
+        images (`int`): Images per question.
+        image_pixels (`int`): Pixels per picture.
+        tokens (`int`): Tokens per solution, question and steps together, without those of pictures.
+        candidates (`int`): Candidates per question.
+        waiting (`int`): Solutions that may wait for the model.
     """
 
     body_bytes: int = 2**25
@@ -39,7 +39,7 @@ class Limits:
 
 @dataclass
 class Pictures:
-    """Where pictures may come from: data URLs always, files of `root`, hosts named in `hosts`."""
+    """Opens pictures from data URLs, from files in `root`, and from the hosts in `hosts`."""
 
     limits: Limits
     root: str | None = None
@@ -50,7 +50,7 @@ class Pictures:
         self.finder = ImageFinder(self.root)
 
     def open(self, name: str) -> dict[str, Any]:
-        """A picture as rows hold it. Raises `ValueError` in one sentence that tells nothing of this machine."""
+        """Return a picture as rows hold it. Raises `ValueError` with one sentence that reveals nothing of this machine."""
         if name.startswith("data:"):
             data = self._inline(name)
         elif urlsplit(name).scheme in ("http", "https"):

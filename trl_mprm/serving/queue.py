@@ -1,8 +1,8 @@
 """
-Requests that wait, scored together.
+Score waiting requests together.
 
-While the model works on some requests, others arrive; all that wait are handed to the model at once, which runs picture
-and question of those that share a question once:
+While the model works on some requests, others arrive. All that wait are handed to the model at once, which runs a shared
+picture and question only once:
 
     arriving    q1a q1b . . . q2a q1c q1d . .
     scored      [q1a]  [q1b q2a q1c q1d]
@@ -20,20 +20,20 @@ Scores = list[list[float]]
 
 
 class Busy(Exception):
-    """More solutions wait than the server is willing to hold."""
+    """Raised when more solutions wait than the server may hold."""
 
 
 class ScoringQueue:
     """
-    Hands waiting requests to a model, as many together as there are.
+    Hands all waiting requests to a model together.
 
     Args:
         score_batch (`Callable`):
-            From rows to the scores of their steps, as [`ProcessRewardModel.score_batch`]. Called in one thread.
+            Maps rows to the scores of their steps, like [`ProcessRewardModel.score_batch`]. Called in one thread.
         max_waiting (`int`):
             Solutions that may wait; more raise [`Busy`].
         max_together (`int`, *optional*, defaults to `64`):
-            Solutions handed over at once, so that no request waits for a very long turn.
+            Limit on the solutions handed over at once, so that no request waits very long for its turn.
 
     Examples:
     ```python
@@ -64,7 +64,7 @@ class ScoringQueue:
         self.thread.shutdown(cancel_futures=True)
 
     async def score(self, rows: Rows) -> Scores:
-        """Wait for the scores of some rows. Raises what the model raises for these rows, and [`Busy`]."""
+        """Wait for the scores of some rows. Raises [`Busy`], or the model's exception for these rows."""
         if self.waiting + len(rows) > self.max_waiting:
             raise Busy(
                 f"{self.waiting} solutions are waiting already, at most {self.max_waiting} may: try again later"
@@ -84,7 +84,7 @@ class ScoringQueue:
                 continue
             outcomes = await asyncio.get_running_loop().run_in_executor(self.thread, self._score, [r for r, _ in jobs])
             for (_, answer), outcome in zip(jobs, outcomes, strict=True):
-                if answer.done():  # who asked is gone
+                if answer.done():  # the client is gone
                     continue
                 if isinstance(outcome, Exception):
                     answer.set_exception(outcome)
@@ -102,11 +102,11 @@ class ScoringQueue:
         return jobs
 
     def _score(self, jobs: list[Rows]) -> list[Scores | Exception]:
-        """Scores of each job. A job that cannot be scored fails alone: with others it would take them along."""
+        """Score each job. If scoring them together fails, each is scored alone, so that a bad job does not fail others."""
         try:
             scores = iter(self.score_batch([row for rows in jobs for row in rows]))
             return [[next(scores) for _ in rows] for rows in jobs]
-        except Exception as error:  # whatever a model raises is the answer to the request that caused it
+        except Exception as error:  # any exception of the model is the answer to the request that caused it
             if len(jobs) == 1:
                 return [error]
             return [outcome for job in jobs for outcome in self._score([job])]

@@ -1,12 +1,12 @@
 """
-Our scorer over HTTP, for what vLLM does not do: all candidates of a question in one pass over its picture and text.
+Serve our scorer over HTTP. Unlike vLLM it scores all candidates of a question in one pass over its picture and text.
 
-    POST /pooling      one solution, in vLLM's form (see `messages`): [P(bad), P(good)] of each step
-    POST /best_of_n    a question and its candidates: a ranking
+    POST /pooling      a solution in vLLM's form (see `messages`) -> [P(bad), P(good)] of each step
+    POST /best_of_n    a question and its candidates -> a ranking
     GET  /v1/models, /health, /metrics (Prometheus), /docs (OpenAPI)
 
-Pictures come as data URLs, or as names inside the image root; an address on the network is fetched only from hosts that
-were allowed by name. Everything that a client sends is bounded: bytes, time, pictures, pixels, tokens, waiting requests.
+Pictures come as data URLs, or as names inside the image root; network addresses are fetched only from hosts that are
+allowed by name. All that a client sends is limited: bytes, time, pictures, pixels, tokens, waiting requests.
 """
 
 import hmac
@@ -73,7 +73,7 @@ def create_app(
     ui: bool = False,
 ) -> FastAPI:
     """
-    The application, to be served by uvicorn or mounted elsewhere.
+    Make the application, to be served by uvicorn or mounted elsewhere.
 
     Args:
         prm ([`ProcessRewardModel`]):
@@ -83,11 +83,11 @@ def create_app(
         api_key (`str`, *optional*):
             Key that every request must carry, `Authorization: Bearer KEY`; `/health` needs none.
         pictures ([`Pictures`], *optional*):
-            Where pictures may come from. Defaults to data URLs alone.
+            Opens pictures. By default only data URLs are accepted.
         limits ([`Limits`], *optional*):
-            What a client may send. Defaults to those of [`Limits`].
+            Limits on requests. Defaults to those of [`Limits`].
         ui (`bool`, *optional*, defaults to `False`):
-            Serve a page to try the model at `/`.
+            Serve a page at `/` for trying the model.
     """
     limits = limits or Limits()
     service = Service(prm, name, pictures or Pictures(limits), limits)
@@ -142,7 +142,7 @@ def create_app(
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Serve until the process is told to stop; requests that are under way are answered first."""
+    """Serve until the process is told to stop; pending requests are answered first."""
     config = uvicorn.Config(
         app,
         host,
@@ -166,7 +166,7 @@ def _error(message: str, kind: str) -> dict[str, Any]:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """One sentence for every error, in the form of OpenAI's API; nothing of this machine."""
+    """Answer every error with one sentence in the form of OpenAI's API that reveals nothing of this machine."""
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""What a server does with a request that has been read: pictures opened, solutions scored, counted."""
+"""Handle requests that a server has read: open pictures, score solutions, count them."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ class Metrics:
 
 class Service:
     """
-    Answers of one model to requests in plain types.
+    Answers requests, given in plain types, with one model.
 
     Args:
         prm ([`ProcessRewardModel`]):
@@ -41,9 +41,9 @@ class Service:
         name (`str`):
             Name under which it is offered.
         pictures ([`Pictures`]):
-            Where pictures may come from.
+            Opens pictures.
         limits ([`Limits`]):
-            What a client may send.
+            Limits on requests.
     """
 
     def __init__(self, prm: ProcessRewardModel, name: str, pictures: Pictures, limits: Limits):
