@@ -193,7 +193,7 @@ def test_pretokenized_rows(tmp_path):
         results.append([metrics["eval_loss"], metrics["eval_accuracy"], trainer.model.score.weight.sum().item()])
     assert results[0] == pytest.approx(results[1], abs=1e-6)
     broken = Dataset.from_list([{"input_ids": [1, 2], "labels": [1]}])
-    with pytest.raises(ValueError, match="row 0.*: 2 input_ids and 1 labels, expected one label a token"):
+    with pytest.raises(ValueError, match="row 0.*: 2 input_ids and 1 labels, expected one label per token"):
         trainer_for(tmp_path, broken).train()
 
 

@@ -1,4 +1,4 @@
-"""What several commands have in common: arguments, tables, a loaded model."""
+"""Helpers for several commands: arguments, tables, loading a model."""
 
 import argparse
 import os
@@ -22,11 +22,14 @@ def add_model_arguments(command: argparse.ArgumentParser, flag: bool = False) ->
     else:
         command.add_argument("model", help=model)
     command.add_argument(
-        "--step-format", help="layout of a published checkpoint, as math-shepherd; default: as saved, or by its Hub id"
+        "--step-format",
+        help="layout of a published checkpoint, e.g. math-shepherd; default: the saved one, or by Hub id",
     )
-    command.add_argument("--base-model", help="base of an adapter, where it has moved since the training")
+    command.add_argument("--base-model", help="base of an adapter, if it has moved since training")
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    command.add_argument("--load-in-4bit", action="store_true", help="as a QLoRA adapter was trained")
+    command.add_argument(
+        "--load-in-4bit", action="store_true", help="load the model in 4 bit, as a QLoRA adapter was trained"
+    )
 
 
 def add_url_argument(command: argparse.ArgumentParser) -> None:
@@ -43,8 +46,8 @@ def positive(text: str) -> int:
 
 def say(*lines: str) -> None:
     """
-    Print, wherever it goes and whatever the names of others hold: control characters and what the terminal's encoding lacks
-    are replaced, and a reader that has gone, as in `| head -1`, is no error.
+    Print text safely: replace control characters and characters that the terminal's encoding lacks, and ignore a reader
+    that has gone, as in `| head -1`.
     """
     if sys.stdout is None:  # closed by who started us
         return
@@ -57,7 +60,7 @@ def say(*lines: str) -> None:
 
 
 def print_table(rows: list[list]) -> None:
-    """A table, the header first, whose first column gives way where it would be wider than a page of 100 columns."""
+    """Format a table, header first, shortening the first column if the table would exceed 100 columns."""
     rows = [[one_line(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     table = _table(rows)
     too_wide = max(map(len, table.splitlines())) - WIDTH
@@ -75,7 +78,7 @@ def _table(rows: list[list]) -> str:
 
 
 def load_scorer(args: argparse.Namespace, device_map: str | dict = "auto"):
-    """The model that the arguments name: behind the server of `--url`, or in this process."""
+    """Load the model that the arguments name, behind the server of `--url` or in this process."""
     if args.url is None:
         return load_prm(args, device_map)
     from ..serving.client import RemoteProcessRewardModel

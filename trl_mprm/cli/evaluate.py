@@ -38,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--threshold", type=_threshold, help="held_out, oracle, or a number; default: held_out, 0.5 for the text ones"
     )
     command.add_argument("--batch-size", type=positive, default=8)
-    command.add_argument("--output", help="folder for scores and reports; a run that was interrupted continues there")
+    command.add_argument("--output", help="folder for scores and reports; an interrupted run continues there")
     command.add_argument("--compare", help="scores.jsonl of another model: test whether the two differ")
     command.add_argument("--update-card", action="store_true", help="write the results into the card of a local model")
 
@@ -108,7 +108,7 @@ def _checked_benchmark(args: argparse.Namespace) -> Benchmark:
 
 
 def _load(args: argparse.Namespace, device_map: str | dict) -> tuple[Any, str]:
-    """The model, and what reports call it."""
+    """Load the model; return it and its name for reports."""
     if args.url is not None:
         model = load_scorer(args, device_map)
         return model, public_name(args.model) if args.model else model.name
@@ -122,7 +122,7 @@ def _load(args: argparse.Namespace, device_map: str | dict) -> tuple[Any, str]:
 
 
 def _write(args: argparse.Namespace, benchmark: Benchmark, metrics: dict[str, Any], name: str) -> list[str]:
-    """Write reports and card; return what to say of them."""
+    """Write reports and card; return lines about them to print."""
     from ..cards.model_card import add_eval_results
     from ..evaluation.report import write_report
 

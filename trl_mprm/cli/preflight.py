@@ -1,10 +1,10 @@
 """
-What a training is asked to do, checked before torch is imported: a typo is told at once, not after the imports.
+Check the arguments of `trl-mprm train` before torch is imported, so that a typo is reported at once:
 
     trl-mprm train --learnin_rate 1e-5
     error: --learnin_rate: no such field, did you mean learning_rate?
 
-The fields are read off the source of their classes, without running it: those of the libraries that are installed.
+The fields are read off the source of their classes in the installed libraries, without running it.
 """
 
 import ast
@@ -33,7 +33,7 @@ MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "comet_ml": ("comet_m
 @functools.cache
 def train_fields() -> frozenset[str]:
     """
-    Names of all fields that a training has; none where a class is no longer in its file, and nothing is checked.
+    Names of all fields of `trl-mprm train`; empty, so that nothing is checked, if a class is no longer in its file.
 
     Examples:
     ```python
@@ -59,7 +59,7 @@ def train_fields() -> frozenset[str]:
 
 
 def _is_argument(node: ast.AnnAssign) -> bool:
-    """Whether a field of a dataclass is one of its arguments: no class variable, and not `init=False`."""
+    """Whether a field of a dataclass is one of its arguments, i.e. not a class variable and not `init=False`."""
     if "ClassVar" in ast.unparse(node.annotation):
         return False
     keywords = node.value.keywords if isinstance(node.value, ast.Call) else []
@@ -68,13 +68,13 @@ def _is_argument(node: ast.AnnAssign) -> bool:
 
 def check_train(argv: list[str]) -> dict[str, Any]:
     """
-    Check the arguments of `trl-mprm train`, as far as that goes without torch.
+    Check the arguments of `trl-mprm train` as far as possible without torch.
 
     Returns:
         `dict`: the fields that are set, on the command line (as text) or in the YAML file.
 
     Raises:
-        `ValueError`, `FileNotFoundError`, `ImportError`: in one line, what is wrong first.
+        `ValueError`, `FileNotFoundError`, `ImportError`: the first mistake, in one line.
     """
     flags = _flags(argv)
     config = flags.pop("config", None)
@@ -164,7 +164,7 @@ def _no_such_field(where: str, unknown: list[str]) -> str:
 
 
 def _check_path(name: str, value: Any) -> None:
-    """A path must exist. What looks like a Hub id is left to the Hub."""
+    """Raise `FileNotFoundError` for a missing path; a name that looks like a Hub id is left to the Hub."""
     if not isinstance(value, str) or os.path.exists(value):
         return
     looks_local = value.startswith(("/", "./", "../", "~")) or value.count("/") > 1

@@ -1,4 +1,4 @@
-"""`trl-mprm score`: the steps of solutions, scored; the solutions of a question, ranked."""
+"""`trl-mprm score`: score the steps of solutions, and rank the solutions of a question."""
 
 import argparse
 import json
@@ -26,18 +26,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="solutions to score: a file of rows as `select` reads them, annotated or not, or - for JSONL on standard "
         "input; a row with `candidates` holds several solutions",
     )
-    command.add_argument("--question", help="a question, in place of INPUT")
+    command.add_argument("--question", help="a question, instead of INPUT")
     command.add_argument("--image", action="append", default=[], help="its picture, in order; repeat for several")
     command.add_argument("--step", action="append", default=[], help="a step; repeat for each, in order")
     command.add_argument("--candidate", action="append", default=[], help="a whole solution; repeat for each, to rank")
-    command.add_argument("--split", default="blank_line", choices=SPLITS, help="how a whole solution becomes steps")
-    command.add_argument("--aggregate", default="mean", choices=AGGREGATES, help="how steps make a solution's score")
+    command.add_argument(
+        "--split", default="blank_line", choices=SPLITS, help="how to split a whole solution into steps"
+    )
+    command.add_argument(
+        "--aggregate", default="mean", choices=AGGREGATES, help="how step scores become a solution's score"
+    )
     command.add_argument("--image-root", help="folder of the images; default: the folder of INPUT")
     command.add_argument("--batch-size", type=positive, default=8)
     command.add_argument(
         "--output", help="*.jsonl: the rows with `step_scores`, `score`, and `rank` in their question"
     )
-    command.add_argument("--json", action="store_true", help="print these rows in place of a table")
+    command.add_argument("--json", action="store_true", help="print these rows instead of a table")
 
 
 def score(args: argparse.Namespace) -> int:
@@ -90,7 +94,7 @@ def _solutions(args: argparse.Namespace) -> list:
 
 
 def _scored(prm, solutions: list, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """What is written of each solution that can be scored, and by reason the places of those that cannot."""
+    """Score solutions; return a record of each that can be scored, and by reason the places of those that cannot."""
     from ..data.rows import Reason, Refused, question_key
     from ..rewards import kind_of, score_rows
 
@@ -121,7 +125,7 @@ def _scored(prm, solutions: list, args: argparse.Namespace) -> tuple[list[dict[s
 
 
 def _print_ranking(records: list[dict[str, Any]]) -> None:
-    """The best first where all answer one question; else in their order."""
+    """Put the best first if all answer one question; else keep the order."""
     numbered = list(enumerate(records, 1))
     if sorted(record["rank"] for record in records) == [number for number, _ in numbered]:
         numbered.sort(key=lambda pair: pair[1]["rank"])

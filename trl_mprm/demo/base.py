@@ -3,14 +3,15 @@ The base of the miniature: a Qwen2.5-VL of one million parameters that has the s
 
     python -m trl_mprm.demo.base --output trl_mprm/demo/qwen2.5-vl-miniature
 
-It learns to read tiles, to add, and to judge single statements that join one tile and one sum, in another format:
+The base learns to read tiles, to add, and to judge single statements about a tile and a sum, in another format:
 
     user       <picture> check 4 blue add         (some idle words, so that nothing hangs on absolute positions)
     assistant  red 7 blue 2 given 3 , pink is 4 total 7 ? look add 9 the grey is 5 left 6 check from ...
 
-Behind a statement it is asked whether it is true, and one word later whether all so far was sound. The words around are
-idle ones, so that the checks hang on the statements and not on a question mark. It never sees a chain of steps, a marker, "Yes" or "No". So it is near chance as a process reward model until it is
-trained as one, as the bases of the paper are (Table 2: 52.28 and 49.68).
+After each statement it is asked whether the statement is true, and one word later whether all statements so far were
+sound. The words around are idle, so that the answers depend on the statements and not on a question mark. The base never
+sees a chain of steps, a marker, "Yes" or "No". As a process reward model it is near chance until it is trained as one,
+like the bases of the paper (Table 2: 52.28 and 49.68).
 """
 
 import argparse

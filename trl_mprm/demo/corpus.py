@@ -1,5 +1,5 @@
 """
-The files of the miniature: a corpus in the schema of VisualPRM400K-v1.1-Raw, and a benchmark in that of VisualProcessBench.
+Write the files of the miniature: a corpus in the schema of VisualPRM400K-v1.1-Raw, and a benchmark in VisualProcessBench's.
 
 One line of `corpus/annotations/sum-2.jsonl`, shortened:
 
@@ -83,7 +83,7 @@ def write_corpus(
     Files: `annotations/<source>.jsonl`, `images/*.png`, `true_labels.json` ({"<source>:<line>": [1, 0, -1, ...]}).
 
     Returns:
-        `dict`: statistics of the corpus, with the truth that no real corpus knows.
+        `dict`: statistics of the corpus, including the true labels' figures, which no real corpus has.
     """
     problems = make_problems(n, policy, rng, **problem)
     steps = roll_out(problems, np.repeat(np.arange(n), rollouts), policy, rng, num_mc)
@@ -124,7 +124,7 @@ def write_benchmark(folder: Path, n: int, policies: dict[str, Policy], rng: np.r
 
 
 def corpus_statistics(steps: Steps) -> dict[str, float]:
-    """The figures of the paper's Table 1, and what only a made world knows: how wrong the labels are."""
+    """The figures of the paper's Table 1 and, since this world is synthetic, how often labels are wrong."""
     there = steps.kind >= 0
     positive = there & (steps.correct > 0)
     states = there & (steps.kind != OPEN)

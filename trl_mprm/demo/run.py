@@ -61,11 +61,11 @@ def run_demo(
         output_dir (`str` or `Path`):
             Folder for everything; what an earlier run left there is replaced.
         quick (`bool`, *optional*, defaults to `False`):
-            One seed and a smaller corpus: shows that everything runs, and is no evidence.
+            Run one seed on a smaller corpus, to show that everything runs; the result is no evidence.
         qlora (`bool`, *optional*, defaults to `False`):
             Train LoRA adapters on the base in 4 bit (NF4).
         settings (`Settings`, *optional*):
-            Instead of the frozen ones.
+            Settings to use instead of the frozen ones.
 
     Returns:
         `dict`: the content of `results.json`.
@@ -82,7 +82,7 @@ def run_demo(
     log, spawn = output_dir / "training.log", get_context("spawn")
     log.unlink(missing_ok=True)
     with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start_worker, initargs=(log,)) as pool:
-        bar = {"desc": f"worlds of {settings.problems:,} problems, {settings.num_mc} continuations a step"}
+        bar = {"desc": f"worlds of {settings.problems:,} problems, {settings.num_mc} continuations per step"}
         worlds = pool.map(make_world, [output_dir / f"seed-{seed}" for seed in seeds], repeat(settings), seeds)
         corpora = dict(zip(seeds, tqdm(worlds, total=len(seeds), **bar), strict=True))
         long_first = sorted(tasks, key=lambda task: not task[0].endswith("full"))
@@ -101,7 +101,7 @@ def run_demo(
         "verdict": verdict(summary),
         "seconds": round(time.time() - started, 1),
     }
-    results = json.loads(json.dumps(results))  # what is returned is what is read back: lists, string keys
+    results = json.loads(json.dumps(results))  # returns the same types as reading the file: lists, string keys
     write_json(results, output_dir / "results.json")
     plots.draw_results(results, output_dir / "f1_by_subset.png")
     first = output_dir / f"seed-{seeds[0]}"

@@ -1,6 +1,6 @@
 """
-What the modules share. Inputs are checked as they come, by the rules of the metric itself: `evaluate` casts them to the types
-of its features before `_compute` sees them, which would make a neutral step of the label `False` or `0.7`.
+The base of the modules. Inputs are checked on arrival by the rules of the metric itself, because `evaluate` casts them to
+the types of its features before `_compute` sees them, which would turn the labels `False` and `0.7` into neutral steps.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
 """
-The layouts of published process reward models, as data: what [`StepFormat`] needs to score with them.
+The layouts of published process reward models, as data for [`StepFormat`].
 
-A step of Qwen2.5-Math-PRM, for example, ends with `<extra_0>`; where it stands, a head of two outputs is read:
+A step of Qwen2.5-Math-PRM, for example, ends with `<extra_0>`, at which a head of two outputs is read:
 
     <|im_start|>system\\nPlease reason step by step, ...<|im_end|>\\n<|im_start|>user\\nHow many tiles?<|im_end|>\\n
     <|im_start|>assistant\\nA and C are red.<extra_0>So 2.<extra_0><|im_end|>\\n
 
-The texts are facts about these checkpoints, taken from the code or card that is named at each; nothing of theirs runs.
+The texts are facts about these checkpoints, taken from the code or card named at each; none of their code runs.
 """
 
 from .step_format import StepFormat
@@ -119,7 +119,7 @@ PUBLISHED: dict[str, StepFormat] = {
     "trl-token-classification": StepFormat("\n", joiner="", messages=(("", "{question}"),), head="score"),
 }
 
-# Hub ids whose format is known, so that their name is enough.
+# Hub ids whose format is known, so that it need not be given.
 CHECKPOINTS: dict[str, str] = {
     "Cierra0506/MM-PRM": "mm-prm",
     "peiyi9979/math-shepherd-mistral-7b-prm": "math-shepherd",
@@ -138,7 +138,7 @@ CHECKPOINTS: dict[str, str] = {
 
 def published_format(name: str) -> StepFormat:
     """
-    Look a format up by its name or by the Hub id of a checkpoint. Raises `ValueError` where it is unknown.
+    Look up a format by its name or by the Hub id of a checkpoint. Raises `ValueError` if it is unknown.
 
     Examples:
     ```python

@@ -1,14 +1,14 @@
 """
-The one rendering of a question and its steps, used by training, scoring, evaluation and docs.
+Render a question and its steps; training, scoring, evaluation and docs all use this module.
 
-The user turn holds the images, then the question, in the model's own chat template. The assistant turn holds
-`{step}<prm>` joined by a blank line. Image and question are therefore a prefix that all candidates share:
+The user turn holds the images, then the question, in the model's own chat template. The assistant turn holds the steps
+as `{step}<prm>`, joined by blank lines. Image and question are thus a prefix that all candidates share:
 
     <|im_start|>user\\n<|vision_start|>[image]<|vision_end|>How many tiles are red?<|im_end|>\\n<|im_start|>assistant\\n
     The red tiles are A and C.<prm>\\n\\nSo the answer is 2.<prm>
 
-Every piece is tokenised alone and the marker is inserted as a token id: joining text first and tokenising after
-lets the separator melt into its neighbours (QwenLM/ProcessBench pull request 12).
+Every piece is tokenised alone and the marker is inserted as a token id, because tokenising the joined text may merge the
+separator into its neighbours (QwenLM/ProcessBench pull request 12).
 
 Published checkpoints were trained on other layouts; each is a [`StepFormat`] too, see [`published`].
 """
@@ -45,7 +45,7 @@ def render_prefix_text(row: dict[str, Any], processing_class: ProcessingClass) -
     """
     Render images (as placeholders) and question of `row` up to where the assistant begins.
 
-    A text-only tokenizer without chat template gets the question as plain text and a blank line.
+    For a text-only tokenizer without a chat template the question is plain text followed by a blank line.
     """
     prompt = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -72,7 +72,7 @@ def render_prefixes(rows: Sequence[dict[str, Any]], processing_class: Processing
     Tokenise the shared prefix (images and question) of every row.
 
     Returns:
-        `tuple[list[dict], dict]`: one dict a row with `input_ids` (`list[int]`, image placeholders expanded) and, where
+        `tuple[list[dict], dict]`: one dict per row with `input_ids` (`list[int]`, image placeholders expanded) and, if
         the processor has them, its `TOKEN_TYPES`; and the image tensors of the whole batch, in row order.
     """
     forbidden = special_tokens(tokenizer_of(processing_class))
@@ -91,7 +91,7 @@ def render_steps(
     completions: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: StepIds
 ) -> tuple[list[int], list[int]]:
     """
-    Tokenise the steps of one rollout, a marker after each.
+    Tokenise the steps of one rollout, with a marker after each.
 
     Text that looks like a special token (`<prm>`, `<|im_end|>`) stays text: a rollout cannot forge a marker.
 
@@ -119,7 +119,7 @@ def render_rows(
     """
     Render rows into tokens, and their images into tensors.
 
-    With `same_prompt` all rows have the images and the question of the first, which are then rendered once: the image
+    With `same_prompt` all rows share the images and question of the first, which are rendered only once; the image
     tensors are those of one row.
     """
     tokenizer = tokenizer_of(processing_class)
@@ -175,7 +175,7 @@ def render_batch(
     rows: Sequence[dict[str, Any]], processing_class: ProcessingClass, step_format: StepFormat
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """
-    Render rows into what a model's `forward` takes, padded on the right, and the mask of the markers.
+    Render rows into right-padded inputs for a model's `forward`, and the mask of the markers.
 
     Args:
         rows (`Sequence[dict]`):
@@ -191,8 +191,8 @@ def render_batch(
         row by row, are the steps in order.
 
     Raises:
-        `ValueError`: with the name of the row, for an empty step, an image with a text-only model, or a special token
-        in the prompt.
+        `ValueError`: an empty step, an image with a text-only model, or a special token in the prompt; the message names
+        the row.
     """
     rendered, image_tensors = render_rows(rows, processing_class, step_format)
     batch, markers = pad_batch(rendered, tokenizer_of(processing_class))

@@ -1,7 +1,8 @@
 """
-The layout of question and steps, where a step is read, and which two tokens tell good from bad.
+A step format fixes the layout of question and steps, the position at which a step is read, and the two tokens that tell
+good from bad.
 
-Saved beside the weights as `process_reward_config.json`:
+It is saved beside the weights as `process_reward_config.json`:
 
     {"marker": "<prm>", "reward_tokens": ["Yes", "No"], "joiner": "\\n\\n", "messages": null, "answer": null, "head": null}
 """
@@ -31,7 +32,7 @@ class StepIds(NamedTuple):
 @dataclass(frozen=True)
 class StepFormat:
     """
-    How question and steps are laid out, where a step is read, and what tells good from bad; saved beside the weights.
+    The layout of question and steps, the position at which a step is read, and the tokens or head that judge it.
 
     Args:
         marker (`str`, *optional*, defaults to `"<prm>"`):
@@ -41,18 +42,18 @@ class StepFormat:
         joiner (`str`, *optional*, defaults to a blank line):
             Text between one marker and the next step.
         messages (`tuple[tuple[str, str], ...]`, *optional*):
-            Layout of a checkpoint that was not trained by us: pairs of role and text. `<image>` in a text stands for
+            Layout of a checkpoint that was trained elsewhere, as pairs of role and text. `<image>` in a text stands for
             the images, `{question}` for the question, `{steps}` for the steps with their markers, `{step}` for the
-            first step where every step is a turn of its own (see `answer`). The role `""` means plain text without
-            chat template; without `{steps}` or `{step}` the steps follow the messages as tokens. Defaults to our own:
+            first step if every step has its own turn (see `answer`). The role `""` means plain text without a chat
+            template; without `{steps}` or `{step}` the steps follow the messages as tokens. Defaults to our layout:
             images and question in the user turn, steps in the assistant turn.
         answer (`str`, *optional*):
-            What the assistant says to each step, in a layout of turns. A step is read at the token before it.
+            The assistant's reply to each step, in a layout of turns. A step is read at the token before it.
         head (`str`, *optional*):
-            Name of the classification head in the checkpoint, as `"score"`, where not the language-model head but a
-            head of one output (sigmoid) or two (softmax, the second is good) gives the reward.
+            Name of the classification head in the checkpoint, e.g. `"score"`, if a head of one output (sigmoid) or two
+            (softmax, the second is good) gives the reward instead of the language-model head.
         loss_type (`str`, *optional*, defaults to `"hard"`):
-            Loss of the training; `"beta_binomial"` teaches the marker's own logit the concentration of the score.
+            Loss used in training; with `"beta_binomial"` the marker's logit holds the concentration of the score.
     """
 
     marker: str = "<prm>"
@@ -72,11 +73,11 @@ class StepFormat:
 
     @property
     def takes_rendered_prompts(self) -> bool:
-        """Whether the prompt is all that stands before the steps, so that a chat may be rendered in it already."""
+        """Whether only the prompt precedes the steps, so that the prompt may be an already rendered chat."""
         return self.messages == (("", "{question}"),)
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> StepIds:
-        """Look the tokens up. Raises `ValueError` where the tokenizer lacks the marker or splits a reward token."""
+        """Look up the tokens. Raises `ValueError` if the tokenizer lacks the marker or splits a reward token."""
         marker = tokenizer.encode(self.marker, add_special_tokens=False) if self.marker else []
         # Some published markers are plain text (a line end); those in angle brackets are one token each.
         one_token = self.messages is None or (self.messages[0][0] and re.fullmatch(r"<\S+>", self.marker))
@@ -104,7 +105,7 @@ class StepFormat:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "StepFormat":
-        """Read the format of a trained checkpoint. Raises `FileNotFoundError` where it is none of ours."""
+        """Read the format of a trained checkpoint. Raises `FileNotFoundError` if it is not one of ours."""
         path = Path(folder) / cls.FILE_NAME
         if not path.is_file():
             raise FileNotFoundError(
@@ -142,7 +143,7 @@ def forbidden_tokens(tokenizer: PreTrainedTokenizerBase, step_format: StepFormat
 
 
 def _check_types(values: dict) -> None:
-    """Raise `TypeError` for the first value that is none of a [`StepFormat`], as text where two tokens are named."""
+    """Raise `TypeError` for the first value of the wrong type for a [`StepFormat`], e.g. text for the two tokens."""
     texts = dict.fromkeys(("marker", "joiner"), "text") | dict.fromkeys(
         ("answer", "head", "loss_type"), "text or null"
     )

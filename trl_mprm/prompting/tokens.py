@@ -1,4 +1,4 @@
-"""Rows as checked texts, pictures and tokens: what every layout needs."""
+"""Turn rows into checked texts, pictures and tokens, for every layout."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from ..data.rows import check_unicode
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
 
-# What a processor returns with one value a token; every step token is plain text, type 0.
+# Outputs of a processor with one value per token; every step token is plain text, type 0.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 class Rendered(NamedTuple):
-    """One row as tokens: ids, the position where each step is read, and one value a token by name (`TOKEN_TYPES`)."""
+    """One row as tokens: ids, the position where each step is read, and one value per token by name (`TOKEN_TYPES`)."""
 
     input_ids: list[int]
     positions: list[int]
@@ -49,11 +49,10 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def conceal(texts: Sequence[str], tokens: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """
-    Put a private character for whatever looks like one of `tokens`, so that it stays text in a text tokenised whole.
+    Replace whatever looks like one of `tokens` by a private character, so that tokenising the whole text leaves it text.
 
     Returns:
-        `tuple[list[str], dict[str, str]]`: the texts, and what each private character stands for, as [`encode_text`]
-        takes it.
+        `tuple[list[str], dict[str, str]]`: the texts, and the meaning of each private character, for [`encode_text`].
     """
     found = [token for token in sorted(tokens, key=len, reverse=True) if any(token in text for text in texts)]
     if not found:
@@ -68,9 +67,9 @@ def conceal(texts: Sequence[str], tokens: Sequence[str]) -> tuple[list[str], dic
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, hidden: dict[str, str]) -> list[int]:
     """
-    Tokenise a text whole; what [`conceal`] has hidden in it is text, though it looks like a special token.
+    Tokenise a whole text, where anything that [`conceal`] has hidden is text although it looks like a special token.
 
-    Raises `ValueError` where this tokenizer does not read the text between two special tokens on its own.
+    Raises `ValueError` if this tokenizer does not tokenise the text between two special tokens separately.
     """
     if not any(character in text for character in hidden):
         return tokenizer.encode(text, add_special_tokens=False)
@@ -101,10 +100,10 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 def check_prompt(prompt: str | list[dict[str, Any]], forbidden: Sequence[str]) -> None:
     """
-    Raise `ValueError` where a question is not Unicode or contains one of the tokens `forbidden`.
+    Raise `ValueError` if a question is not Unicode or contains one of the tokens `forbidden`.
 
-    The parts of a message, and messages, are looked at as a chat template may join them: with nothing between. Roles
-    and all other texts of a message count too, for a template may write them.
+    Parts and messages are checked joined without separators, since a chat template may join them so. Roles and all other
+    texts of a message are checked too, since a template may write them.
     """
     text = prompt_text(prompt)
     check_unicode("the prompt", text)
@@ -150,7 +149,7 @@ def _strings(value: object) -> Iterator[str]:
 def encode_texts(
     texts: list[str], images: list[list[Image.Image]], processing_class: ProcessingClass, special: bool
 ) -> tuple[list[dict], dict]:
-    """Tokenise `texts`, the placeholders in them expanded to the tokens of `images`."""
+    """Tokenise `texts` with their placeholders expanded to the tokens of `images`."""
     prefixes: list[dict] = [{} for _ in texts]
     image_tensors: dict[str, torch.Tensor] = {}
     with_images = [index for index, row_images in enumerate(images) if row_images]
@@ -174,7 +173,7 @@ def encode_texts(
         tokenizer = tokenizer_of(processing_class)
         encoded = tokenizer([texts[index] for index in text_only], add_special_tokens=special)
         for index, ids in zip(text_only, encoded["input_ids"], strict=True):
-            # Some tokenizers close plain text, before the steps have come.
+            # Some tokenizers append an end token to plain text, which must not precede the steps.
             closed = special and ids[-1:] == [tokenizer.eos_token_id]
             prefixes[index]["input_ids"] = ids[:-1] if closed else ids
     return prefixes, image_tensors
@@ -182,7 +181,7 @@ def encode_texts(
 
 @contextmanager
 def errors_name_row(row: dict[str, Any], index: int) -> Iterator[None]:
-    """Name the row in the errors raised inside."""
+    """Add the name of the row to errors raised inside."""
     try:
         yield
     except ValueError as error:

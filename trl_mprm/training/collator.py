@@ -1,6 +1,6 @@
 """
-Rows in, one padded batch with a label at every marker out: the labels, what the model reads, and beside them, under
-`extra`, what else the loss and the logs need.
+Collate rows into a padded batch with a label at every marker. The batch holds the labels, the inputs of the model and,
+under `extra`, further data for the loss and the logs:
 
     {"labels": (rows, tokens), "input_ids": (rows, tokens), "attention_mask": (rows, tokens), images,
      "extra": {"mc_total": (steps,), "row_weights": (steps,), "overlong": (3,), ...}}
@@ -31,7 +31,7 @@ from .loss import LOSSES
 
 logger = logging.getLogger(__name__)
 
-# Stands in where every row of a batch was dropped, so that all processes still make the same steps. It has no label.
+# Replaces a batch whose rows were all dropped, so that all processes still make the same steps. It has no label.
 NOTHING = {"prompt": "-", "completions": ["-"], "labels": [IGNORE_INDEX]}
 
 
@@ -49,19 +49,19 @@ class DataCollatorForProcessReward:
         step_format (`StepFormat`, *optional*):
             Marker, reward tokens and joiner.
         max_length (`int`, *optional*):
-            Most tokens a row may have, those of its images included. Images are never cut.
+            Maximum number of tokens per row, including those of its images. Images are never cut.
         max_completion_length (`int`, *optional*):
-            Most tokens that the steps of a row may have.
+            Maximum number of tokens in the steps of a row.
         overlong (`str`, *optional*, defaults to `"error"`):
-            What happens to a longer row: `"error"`, `"drop_steps"` (its last steps, as many as needed; the row where
-            no label is left) or `"drop_row"`. The batch counts what was dropped under `extra["overlong"]`: rows,
-            steps, and labelled steps.
+            How to treat a longer row: `"error"` raises, `"drop_steps"` drops as many trailing steps as needed (or the
+            row, if no label is left), `"drop_row"` drops the row. `extra["overlong"]` counts the dropped rows, steps,
+            and labelled steps of the batch.
         share_prefix (`bool`, *optional*, defaults to `False`):
-            Give rows of the same images and question as one prefix and its continuations.
+            Return rows of the same images and question as one prefix and its continuations.
         loss_type (`str`, *optional*, defaults to `"hard"`):
-            Name in [`~loss.LOSSES`]: says which labels a row has, and what `extra` holds of each labelled step.
+            Name in [`~loss.LOSSES`], which decides the labels of a row and the columns of labelled steps in `extra`.
         source_weights (`dict[str, float]`, *optional*):
-            Weight of the rows of each `source`, 1 where none is named: `extra["row_weights"]` of each labelled step.
+            Weights of the rows of each `source`, 1 if not named; `extra["row_weights"]` holds one per labelled step.
 
     Examples:
     ```python
@@ -108,18 +108,18 @@ class DataCollatorForProcessReward:
         limited = self.max_length is not None or self.max_completion_length is not None
         if limited:
             extra["overlong"] = torch.tensor(dropped)
-        if limited or self.share_prefix:  # which rows are left, and in which order
+        if limited or self.share_prefix:  # which rows remain, and in which order
             extra["row_index"] = torch.tensor([row["row_index"] for row in used])
             extra["n_rows"] = torch.tensor(len(rows))
         for name in used[0]["of_steps"]:
             values = [value for row in used for value, label in zip(row["of_steps"][name], row["labels"], strict=True)
                       if label != IGNORE_INDEX]  # fmt: skip
             extra[name] = torch.tensor(values, dtype=torch.float32)
-        # Labels stand first: by them Trainer counts the rows.
+        # Labels come first, because Trainer counts the rows by the first value.
         return {"labels": labels, **inputs, **({"extra": extra} if extra else {})}
 
     def _prepared(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """A checked row with its pictures at hand, and what the loss needs of each step."""
+        """A checked row with its pictures loaded, and the loss's columns for each step."""
         name = row_name(row, index)
         if "input_ids" in row:
             row = pretokenized(row, name)
@@ -133,7 +133,7 @@ class DataCollatorForProcessReward:
     def _plain(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any], list[int]]:
         rows, rendered, image_tensors, dropped = self._fitting(rows)
         inputs = batch_inputs(rendered, image_tensors, tokenizer_of(self.processing_class))
-        markers = inputs.pop("markers")  # those of labelled steps are where a label is
+        markers = inputs.pop("markers")  # the labels mark those of labelled steps
         labels = torch.full(markers.shape, float(IGNORE_INDEX))
         labels[markers] = torch.tensor([float(label) for row in rows for label in row["labels"]])
         return rows, {"labels": labels, **inputs}, dropped
@@ -173,7 +173,7 @@ class DataCollatorForProcessReward:
             rendered, image_tensors = render_rows(rows, self.processing_class, self.step_format, same_prompt)
         except ValueError as error:
             if not any(str(error).startswith(row_name(row, index)) for index, row in enumerate(rows)):
-                for index, row in enumerate(rows):  # a processor that refuses a picture of a batch does not say whose
+                for index, row in enumerate(rows):  # a processor that refuses a picture does not say of which row
                     named = row | {"rollout_id": row.get("rollout_id") or f"{index} of the batch"}
                     render_rows([named], self.processing_class, self.step_format)
             raise
@@ -203,7 +203,7 @@ class DataCollatorForProcessReward:
         return fitting, rendered, image_tensors, dropped
 
     def _limit(self, row: dict[str, Any], tokens: Rendered) -> tuple[float, str]:
-        """How many tokens a row may have, and which rule says so."""
+        """The maximum number of tokens of a row, and the rule that sets it."""
         limits = [(math.inf, "")]
         if self.max_length is not None:
             limits.append((self.max_length, f"max_length {self.max_length}"))
@@ -216,10 +216,10 @@ class DataCollatorForProcessReward:
 
 
 def pretokenized(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """A row that came as `input_ids` and `labels`, one a token: its labels of steps, and its tokens."""
+    """The step labels and the tokens of a row given as `input_ids` and `labels`, one label per token."""
     ids, labels = list(row["input_ids"]), list(row["labels"])
     if len(ids) != len(labels):
-        raise ValueError(f"{name}: {len(ids)} input_ids and {len(labels)} labels, expected one label a token")
+        raise ValueError(f"{name}: {len(ids)} input_ids and {len(labels)} labels, expected one label per token")
     places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
     if odd := [labels[place] for place in places if not 0 <= labels[place] <= 1]:
         raise ValueError(f"{name}: label {odd[0]!r}, expected {IGNORE_INDEX} or a number from 0 to 1")
@@ -227,7 +227,7 @@ def pretokenized(row: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _fetched(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """The row with its pictures at hand: an undecoded column, as of a stream, may name them by URL."""
+    """The row with its pictures loaded; an undecoded column, as in a stream, may name them by URL."""
     images = row.get("images") or []
     far = [
         isinstance(image, dict) and image.get("bytes") is None and "://" in str(image.get("path")) for image in images

@@ -1,4 +1,4 @@
-"""The few fields that a process reward training has beyond `transformers.TrainingArguments`."""
+"""The fields of process reward training beyond `transformers.TrainingArguments`."""
 
 import math
 from collections.abc import Iterable
@@ -27,10 +27,10 @@ class ProcessRewardConfig(TrainingArguments):
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained`, used when `model` is given as a string.
         processor_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for the processor's `from_pretrained`, as `{"max_pixels": 200704}`. Saved with the
-            model, so scoring sees pictures of the same size.
+            Keyword arguments for the processor's `from_pretrained`, e.g. `{"max_pixels": 200704}`. Saved with the
+            model, so that scoring sees pictures of the same size.
         marker (`str`, *optional*, defaults to `"<prm>"`):
-            Token after every step, at which the reward is read. Added to the vocabulary where it is missing.
+            Token after every step, at which the reward is read. Added to the vocabulary if it is missing.
         reward_tokens (`list[str]`, *optional*, defaults to `["Yes", "No"]`):
             Tokens whose logits tell a good step from a bad one, one token each.
         loss_type (`str`, *optional*, defaults to `"hard"`):
@@ -40,28 +40,28 @@ class ProcessRewardConfig(TrainingArguments):
         hard_threshold (`float`, *optional*, defaults to `0.0`):
             Threshold of the hard label.
         concentration_penalty (`float`, *optional*, defaults to `0.05`):
-            Of `loss_type="beta_binomial"`, see [`~loss.beta_binomial_losses`].
+            Penalty of `loss_type="beta_binomial"`, see [`~loss.beta_binomial_losses`].
         class_weights (`list[float]`, *optional*):
-            Weights of good and of bad steps in the loss. The sum is divided by the number of steps all the same.
+            Weights of good and of bad steps in the loss. The sum is still divided by the unweighted number of steps.
         source_weights (`dict[str, float]`, *optional*):
-            Weights of the rows of each `source`, 1 where none is named.
+            Weights of the rows of each `source`; sources that are not named have weight 1.
         max_length (`int`, *optional*):
-            Most tokens a row may have, those of its images included. Images are never cut.
+            Maximum number of tokens per row, including those of its images. Images are never cut.
         max_completion_length (`int`, *optional*):
-            Most tokens that the steps of a row may have.
+            Maximum number of tokens in the steps of a row.
         overlong (`str`, *optional*):
-            What happens to a longer row: `"error"`, `"drop_steps"` or `"drop_row"`. Defaults to `"error"`, and to
-            `"drop_steps"` with a classification head, as TRL's `PRMTrainer` cut rows. What was dropped is counted in the
-            logs (`overlong_rows`, `overlong_steps`, `overlong_labelled_steps`; of an evaluation alone under
-            `eval_overlong_rows` and so on).
+            How to treat a longer row: `"error"` raises, `"drop_steps"` drops trailing steps, `"drop_row"` skips the
+            row. Defaults to `"error"`, and to `"drop_steps"` with a classification head, as TRL's `PRMTrainer` cut rows.
+            The logs count what was dropped (`overlong_rows`, `overlong_steps`, `overlong_labelled_steps`, and
+            `eval_overlong_rows` and so on in an evaluation).
         share_prefix (`bool`, *optional*, defaults to `False`):
-            Run images and question of rollouts of one question once a batch. The rows of a question are drawn
-            together, and its solutions are padded to the longest of them: in our test, of one to six steps of any
-            length, a third of the tokens. Not under FSDP and DeepSpeed ZeRO-3.
+            Encode a question and its images once per batch, however many rollouts share them. The rows of a question
+            are drawn together, and its solutions are padded to the longest of them: a third of the tokens in our test
+            with solutions of one to six steps. Not available under FSDP and DeepSpeed ZeRO-3.
         train_on_last_step_only (`bool`, *optional*, defaults to `False`):
-            Whether the training rows keep the label of their last step alone. An evaluation keeps all.
+            Whether to train only on the last step of each row. An evaluation uses all steps.
         dataset_num_proc (`int`, *optional*):
-            Processes that prepare the data sets.
+            Number of processes that prepare the data sets.
         reward_head (`str`, *optional*):
             Defaults to the head of the model: `"classification"` of a token classifier, else `"lm"`. `"lm"`: two tokens of the language-model head. `"classification"`: a head of two labels on a text-only
             model, as TRL's `PRMTrainer` trained; the prompt is plain text and a step is read at the last token of
@@ -71,7 +71,7 @@ class ProcessRewardConfig(TrainingArguments):
         step_separator (`str`, *optional*, defaults to `"\\n"`):
             Text after every step, for `reward_head="classification"`.
         freeze_vision_encoder (`bool`, *optional*, defaults to `True`):
-            Keep the vision encoder as it is; the projector and the text decoder are trained.
+            Whether to freeze the vision encoder; the projector and the text decoder are trained.
 
     > [!NOTE]
     > These differ from the defaults of [`~transformers.TrainingArguments`], as in the paper's Table 7:
@@ -91,13 +91,13 @@ class ProcessRewardConfig(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the raw columns."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when the model is a string."}
     )
     processor_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for the processor, as {'max_pixels': 200704}."}
+        default=None, metadata={"help": "Keyword arguments for the processor, e.g. {'max_pixels': 200704}."}
     )
     marker: str = field(default=StepFormat.marker, metadata={"help": "Token after every step."})
     reward_tokens: list[str] = field(
@@ -112,17 +112,18 @@ class ProcessRewardConfig(TrainingArguments):
     concentration_penalty: float = field(default=0.05, metadata={"help": "Of loss_type='beta_binomial'."})
     class_weights: list[float] | None = field(default=None, metadata={"help": "Weights of good and of bad steps."})
     source_weights: dict[str, float] | str | None = field(
-        default=None, metadata={"help": "Weights of the rows of each source, as {'ChartQA': 2.0}."}
+        default=None, metadata={"help": "Weights of the rows of each source, e.g. {'ChartQA': 2.0}."}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Most tokens a row may have, images included."})
-    max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens its steps may have."})
+    max_length: int | None = field(default=None, metadata={"help": "Maximum tokens per row, images included."})
+    max_completion_length: int | None = field(default=None, metadata={"help": "Maximum tokens in the steps of a row."})
     overlong: str | None = field(
         default=None, metadata={"help": "'error', 'drop_steps' or 'drop_row' for longer rows.", "choices": OVERLONG}
     )
     share_prefix: bool = field(
-        default=False, metadata={"help": "Run images and question of rollouts of one question once a batch."}
+        default=False,
+        metadata={"help": "Encode a question and its images once per batch, for all rollouts that share them."},
     )
-    train_on_last_step_only: bool = field(default=False, metadata={"help": "Train on the last step of a row alone."})
+    train_on_last_step_only: bool = field(default=False, metadata={"help": "Train only on the last step of each row."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data sets."})
     reward_head: str | None = field(
         default=None,
@@ -131,8 +132,10 @@ class ProcessRewardConfig(TrainingArguments):
             "choices": REWARD_HEADS,
         },
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Switch the dropout of a token classifier off."})
-    step_separator: str = field(default="\n", metadata={"help": "After a step, with reward_head='classification'."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Switch off the dropout of a token classifier."})
+    step_separator: str = field(
+        default="\n", metadata={"help": "Text after every step, with reward_head='classification'."}
+    )
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "Do not train the vision encoder."})
 
     def __post_init__(self):
@@ -174,7 +177,7 @@ class ProcessRewardConfig(TrainingArguments):
             )
 
     def check_head(self) -> None:
-        """Raise `ValueError` where a classification head cannot be trained so."""
+        """Raise `ValueError` if these settings rule out a classification head."""
         if self.reward_head == "classification" and (self.share_prefix or LOSSES[self.loss_type].reads_marker):
             reading = " and ".join(f'loss_type="{name}"' for name, loss in LOSSES.items() if loss.reads_marker)
             raise ValueError(f'share_prefix and {reading} need reward_head="lm"')

@@ -1,4 +1,4 @@
-"""A thin `transformers.Trainer` that trains process reward models, for images and text: set-up, loss, metrics, log."""
+"""A thin `transformers.Trainer` for process reward models on images and text: set-up, loss, metrics, log."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +54,10 @@ class ProcessRewardTrainer(HostedTrainer):
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantise the text decoder of a model given as a string. Needs `peft_config`.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Train an adapter. Where it names no target modules, the decoder's linear layers are taken; the marker's
+            Train an adapter. If it names no target modules, the decoder's linear layers are adapted; the marker's
             embedding row is trained with it.
         selection (`dict`, *optional*):
-            What `selection.json` or `top_fraction(...).report` says of the training rows; quoted by the model card.
+            Content of `selection.json` or `top_fraction(...).report` for the training rows; the model card quotes it.
     """
 
     _tag_names = ["trl", "prm", "mprm", "process-reward-model"]
@@ -152,7 +152,7 @@ class ProcessRewardTrainer(HostedTrainer):
         if "groups" not in inputs:
             logits = self.reader.read(model, inputs | {"markers": labelled})
         elif self.args.share_prefix:
-            logits = model(groups=inputs)  # [`~host.one_forward_per_batch`], which reads them
+            logits = model(groups=inputs)  # see [`~host.one_forward_per_batch`]
         else:
             raise ValueError("the data collator shares prefixes and the trainer does not: set share_prefix=True")
         return logits, weighted_losses(logits, labels[labelled], extra, self.args), labelled
@@ -170,7 +170,7 @@ class ProcessRewardTrainer(HostedTrainer):
         if num_items_in_batch is None:
             loss = losses.sum() / max(1, len(losses))
         else:
-            # Gradients are averaged over processes, the count is their sum.
+            # Gradients are averaged over processes, but the count is summed over them.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             steps = torch.as_tensor(num_items_in_batch, device=losses.device).clamp(min=1)
             loss = losses.sum() / steps * processes
@@ -198,7 +198,7 @@ class ProcessRewardTrainer(HostedTrainer):
         for target, values in zip(padded, (good_minus_bad(logits), losses, labels.float()), strict=True):
             target[filled] = values
         extra = inputs.get("extra", {})
-        if "row_index" in extra:  # back to the rows that came in, in their order; what was dropped stays -100
+        if "row_index" in extra:  # restore the order of the input rows; dropped rows stay -100
             for number, values in enumerate(padded):
                 padded[number] = values.new_full((int(extra["n_rows"]), values.shape[1]), IGNORE_INDEX)
                 padded[number][extra["row_index"]] = values

@@ -20,7 +20,7 @@ CITATION = """
 """
 INPUTS = """
 Args:
-    predictions (`list` of `list` of `float`): P(step good) of each step, one list a candidate.
+    predictions (`list` of `list` of `float`): P(step good) of each step, one list per candidate.
     references (`list` of `bool`): whether the answer of each candidate is correct.
     groups (`list` of `str`): question of each candidate.
 

@@ -17,7 +17,7 @@ CITATION = """
 """
 INPUTS = """
 Args:
-    predictions (`list` of `list` of `float`): P(step good) of each step, one list a solution.
+    predictions (`list` of `list` of `float`): P(step good) of each step, one list per solution.
     references (`list` of `list` of `int`): label of each step: 1 correct, 0 neutral (ignored), -1 incorrect.
     sources, groups, threshold (*optional*): as in `step_f1`, for `evaluate.combine`; these measures need none of them.
 

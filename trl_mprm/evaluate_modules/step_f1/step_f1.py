@@ -18,7 +18,7 @@ CITATION = """
 """
 INPUTS = """
 Args:
-    predictions (`list` of `list` of `float`): P(step good) of each step, one list a solution.
+    predictions (`list` of `list` of `float`): P(step good) of each step, one list per solution.
     references (`list` of `list` of `int`): label of each step: 1 correct, 0 neutral (ignored), -1 incorrect.
     sources (`list` of `str`, *optional*): source of each solution. Default: one source.
     groups (`list` of `str`, *optional*): question of each solution; `held_out` keeps a question together.
