@@ -2,7 +2,7 @@
 # dependencies = ["trl-mprm[qlora]"]
 # ///
 """
-Select the 10% of the rollouts that teach most, train a multimodal process reward model on them with QLoRA, publish it.
+Select the 10% of the rollouts worth training on, train a multimodal process reward model on them with QLoRA, publish it.
 
     python recipes/train_mprm.py \
         --dataset_name OpenGVLab/VisualPRM400K-v1.1-Raw --image_root data/VisualPRM400K-v1.1-Raw \

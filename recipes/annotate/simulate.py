@@ -1,5 +1,5 @@
 """
-How many draws a selection by BIS needs: the race of `trl-mprm annotate --budget bis`, and what others do.
+How many draws does a selection by BIS need? Compares the race of `trl-mprm annotate --budget bis` with other ways.
 
     python recipes/annotate/simulate.py --rollouts 4000 --output recipes/annotate
 
@@ -85,13 +85,13 @@ def race(corpus: list[np.ndarray], fraction: float, alpha: float, error: float) 
 
 
 def fewer(corpus: list[np.ndarray], fraction: float, alpha: float, n: int) -> tuple[set[int], float]:
-    """`n` draws of every step."""
+    """Draw every step `n` times."""
     tallies = [Tally(n, d[:, :n].sum(1).tolist(), [n] * len(d), [n] * len(d)) for d in corpus]
     return top(tallies, fraction, alpha), share(tallies, corpus)
 
 
 def until_right(corpus: list[np.ndarray], fraction: float, alpha: float, more: int) -> tuple[set[int], float]:
-    """Every step until its first right draw, which decides its label, and `more` draws from there."""
+    """Draw every step until its first right draw, which decides its label, and `more` times from there."""
     tallies = []
     for draws in corpus:
         tally = Tally.new(len(draws), N)
@@ -103,7 +103,7 @@ def until_right(corpus: list[np.ndarray], fraction: float, alpha: float, more: i
 
 
 def binary_search(corpus: list[np.ndarray], fraction: float, alpha: float, n: int) -> tuple[set[int], float]:
-    """The first step without a right draw by bisection, `n` draws a look; steps not looked at take their side's score."""
+    """Find the first step without a right draw by bisection, `n` draws per look; other steps take their side's score."""
     tallies, spent = [], 0
     for draws in corpus:
         low, high, seen = 0, len(draws), {}

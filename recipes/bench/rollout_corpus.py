@@ -1,4 +1,4 @@
-"""Rollouts in the schema of VisualPRM400K-v1.1-Raw, from a seed: what the benches of selection read."""
+"""Generate rollouts in the schema of VisualPRM400K-v1.1-Raw from a seed, for the benches of selection."""
 
 import json
 import random

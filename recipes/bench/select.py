@@ -40,7 +40,7 @@ from tabulate import tabulate
 
 PACKAGE = Path(__file__).parents[2]
 
-# Name: (rows, kilobytes of a row, rows of a question, pictures on the disk)
+# Name: (rows, kilobytes per row, rows per question, pictures on the disk)
 CORPORA = {
     "370 MB, no pictures, a question per row": (69_000, 6, 1, False),
     "370 MB, pictures, a question per row": (69_000, 6, 1, True),
@@ -81,7 +81,7 @@ own = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 print(own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
-# When each worker read which shard: a line (process, start, end) for each
+# Prints when each worker read a shard: a line (process, start, end) per shard
 OVERLAP = """
 import functools, os, sys, time
 from trl_mprm.selection import engine
@@ -103,7 +103,7 @@ select_files(sys.argv[1], sys.argv[2], fraction=0.1, alpha=0.2)
 
 
 def commands(before: Path | None) -> dict[str, tuple[list, dict]]:
-    """Of each contestant: its command, to which corpus and output are added, and its environment."""
+    """The command of each contestant, without corpus and output, and its environment."""
     select = ["-m", "trl_mprm.cli", "select", "--fraction", "0.1", "--alpha", "0.2"]
     found = {
         "plain": ([Path(__file__).parent / "plain_select.py"], {}),

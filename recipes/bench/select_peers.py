@@ -69,7 +69,7 @@ def plain(corpus: Path, work: Path) -> None:
 
 
 def ours(corpus: Path, work: Path) -> None:
-    """What `trl-mprm select` runs."""
+    """The function that `trl-mprm select` runs."""
     select_files(str(corpus), work, fraction=FRACTION, alpha=ALPHA)
 
 

@@ -1,5 +1,5 @@
 """
-How many requests a second does `trl-mprm serve` answer? Against the same server scoring one candidate after the other.
+How many requests per second does `trl-mprm serve` answer? Against the same server scoring one candidate after the other.
 
     python recipes/bench/serve.py --json serve.json
     python recipes/bench/serve.py --vllm http://127.0.0.1:8000     # also a vLLM that serves the exported model
@@ -95,7 +95,7 @@ def question(number: int, n: int, image_tokens: int, answer_tokens: int) -> dict
 
 
 def load(post, bodies: list[dict], clients: int) -> dict[str, float]:
-    """Send all requests from so many clients at once; requests a second, and seconds of the median and the 95th."""
+    """Send all requests from so many clients at once; return requests per second, and seconds of the median and the 95th."""
     seconds, errors = [], 0
 
     def timed(body: dict) -> None:
@@ -144,7 +144,7 @@ def memory(url: str, process: psutil.Process, requests_sent: list[int], clients:
 def vllm_pooling(url: str, step_format: StepFormat):
     session = requests.Session()
 
-    def post(body: dict) -> None:  # vLLM takes one solution a request
+    def post(body: dict) -> None:  # vLLM takes one solution per request
         for steps in body["candidates"]:
             request = pooling_request({"prompt": body["question"], "completions": steps}, step_format, "prm")
             image = {"type": "image_url", "image_url": {"url": body["images"][0]}}
@@ -160,8 +160,8 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--requests", type=int, default=64, help="of each contestant, each number of clients and turn")
-    parser.add_argument("--n", type=int, default=16, help="candidates of a question")
+    parser.add_argument("--requests", type=int, default=64, help="per contestant, number of clients and turn")
+    parser.add_argument("--n", type=int, default=16, help="candidates per question")
     parser.add_argument("--image-tokens", type=int, default=400)
     parser.add_argument("--answer-tokens", type=int, default=120)
     parser.add_argument("--memory", type=int, nargs="*", default=[1000, 10000], help="small requests before each look")
@@ -198,7 +198,7 @@ def main() -> None:
     }
     print()
     for clients, ratio in ratios.items():
-        print(f"requests a second, ours / one by one, {clients} clients: {ratio:.2f}")
+        print(f"requests per second, ours / one by one, {clients} clients: {ratio:.2f}")
     for sent, size in resident.items():
         print(f"resident memory of the server after {sent:,} small requests: {size / 1e6:,.0f} MB")
     if args.json:

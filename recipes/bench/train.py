@@ -17,7 +17,7 @@ Qwen2-VL-2B behind the vision encoder of Qwen2.5-VL. The contestants run interle
 
 Counted: forward, backward and optimizer step on a batch that lies on the device. Not counted: reading and rendering
 rows, and moving them there (`collate s`, for the whole batch). All rows are equally long: padding plays no part. `plain`
-and `ours` run on eight questions and stand for every G: plain code encodes a picture once a row, whoever else shows it.
+and `ours` run on eight questions and stand for every G: plain code encodes a picture once per row, even if rows share it.
 
 `step GB` is what torch has allocated at the peak of a step beyond what lay in memory before: activations, logits,
 gradients; on a CPU as torch's profiler counts it, which is the same in every run (what libraries take for themselves is
@@ -85,7 +85,7 @@ WORDS = "red orange yellow green blue purple pink brown grey total left 0 1 2 3 
 
 class Contestant(NamedTuple):
     name: str
-    group: int = 1  # rollouts a question
+    group: int = 1  # rollouts per question
     plain: bool = False
     shared: bool = False
     quantized: bool = False
@@ -219,7 +219,7 @@ def seconds(function: Callable, *args) -> float:
 
 
 def step_memory(trainer: ProcessRewardTrainer, contestant: Contestant, rows: list[dict]) -> int:
-    """Bytes that are allocated at the peak of a step beyond what lay in memory before."""
+    """Bytes allocated at the peak of a step in addition to those in memory before it."""
     batch = make_batch(trainer, contestant, rows)
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -252,7 +252,7 @@ def optimizer_excess(trainer: ProcessRewardTrainer, rows: list[dict], repeats: i
 
 
 def count(trainer: ProcessRewardTrainer, contestant: Contestant, rows: list[dict], plain_loss: float) -> dict:
-    """What is not timed: the loss, which is the same for all before the first step, FLOPs, bytes of the weights."""
+    """Measure what is not timed: the loss, equal for all before the first step, FLOPs, bytes of the weights."""
     with torch.no_grad():
         loss = float(loss_of(trainer, make_batch(trainer, contestant, rows), contestant.plain))
     question = make_batch(trainer, contestant, rows[: contestant.group])
@@ -281,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="7b" if cuda else "tiny")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch, a multiple of every G")
-    parser.add_argument("--g", type=int, nargs="+", default=[1, 2, 4, 8], help="rollouts a question")
+    parser.add_argument("--g", type=int, nargs="+", default=[1, 2, 4, 8], help="rollouts per question")
     parser.add_argument("--image-tokens", type=int, default=1600 if cuda else 256, help="a square number")
     parser.add_argument("--answer-tokens", type=int, default=220 if cuda else 100)
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=cuda)

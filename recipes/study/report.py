@@ -198,7 +198,7 @@ def markdown(study: Study) -> str:
 
 
 def bars(axes: plt.Axes, study: Study, arms: list[str], names: list[str], colours: list[str]) -> None:
-    """A bar at the mean of each arm, its interval, one dot a seed."""
+    """A bar at the mean of each arm, its interval, one dot per seed."""
     for x, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
         runs = study.by_seed(arm)
         if not runs:

@@ -169,7 +169,7 @@ class RenderedOnce(DataCollatorForProcessReward):
 
 
 def subset_figures(mc_scores: list[list[float]], truth: list[list[int]]) -> dict[str, float]:
-    """What is wrong with the labels of a subset: only a made world knows."""
+    """Count the wrong labels of a subset, which only a synthetic world can tell."""
     steps, true = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (mc_scores, truth))
     mixed = [0 < sum(score > 0 for score in row) < len(row) for row in mc_scores]
     return {

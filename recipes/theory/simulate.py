@@ -66,7 +66,7 @@ def share_point(series: str, x: float, predicted: float, hits: int, draws: int) 
     return Point(series, x, predicted, hits / draws, low, high, test.pvalue)
 
 
-# The claims about one step and one rollout. Each takes the generator and the number of draws a point.
+# The claims about one step and one rollout. Each takes the generator and the number of draws per point.
 
 
 def gradient_moment(rng: np.random.Generator, draws: int) -> list[Point]:
@@ -429,7 +429,7 @@ def inequalities(claims: dict[str, list[Point]]) -> list[dict]:
 
 
 def words(results: dict) -> list[str]:
-    """What README.md says in words, with the numbers of this run."""
+    """The sentences of README.md, with the numbers of this run."""
     data_term, last, _ = results["scaling"]["matched"]
     single_last, single_average = results["scaling"]["single_pass"]
 

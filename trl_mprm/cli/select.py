@@ -1,4 +1,4 @@
-"""`trl-mprm select`: files of rollouts in, the kept ones and their evidence out."""
+"""`trl-mprm select`: read files of rollouts, write the kept ones and their evidence."""
 
 import argparse
 
@@ -14,27 +14,38 @@ MAX_NAME = 18  # of a source in the table, which then fits 100 columns
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("select", help="keep the rollouts that teach most", formatter_class=ShowDefaults)
+    command = commands.add_parser("select", help="keep the rollouts worth training on", formatter_class=ShowDefaults)
     command.set_defaults(command=select)
     command.add_argument("input", nargs="+", help="folder, *.jsonl file(s) or Hub id of annotated rollouts")
-    command.add_argument("--output", help="*.jsonl, *.parquet, or a folder (one JSONL for each input)")
+    command.add_argument("--output", help="*.jsonl, *.parquet, or a folder (one JSONL per input)")
     command.add_argument("--compare", action="store_true", help="print what every rule would keep, side by side")
-    command.add_argument("--report", metavar="FILE", help="also draw the selection on a page, FILE.html")
-    command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
+    command.add_argument("--report", metavar="FILE", help="also write a page about the selection, FILE.html")
+    command.add_argument(
+        "--engine", default="local", choices=["local", "ray"], help="where to run; ray: on a Ray cluster"
+    )
     rules = "; ".join(f"{rule.name}: {rule.words}" for rule in RULES.values())
     command.add_argument("--rule", default="bis", choices=list(RULES), help=rules)
-    command.add_argument("--column", metavar="NAME", help="of the rule `column`: the field of a row to rank by")
+    command.add_argument("--column", metavar="NAME", help="for the rule `column`: the field of a row to rank by")
     command.add_argument("--fraction", type=float, default=0.1, help="share kept")
-    command.add_argument("--by", default="source", choices=["source", "corpus"], help="of each source, or of all rows")
-    command.add_argument("--alpha", type=float, default=ALPHA, help="of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%")
-    command.add_argument("--ties", default="first", choices=["first", "hash"], help="first in the file, or by hash")
-    command.add_argument("--seed", type=int, default=0, help="of the rule `random` and of the hash")
+    command.add_argument(
+        "--by", default="source", choices=["source", "corpus"], help="keep a fraction of each source, or of all rows"
+    )
+    command.add_argument(
+        "--alpha", type=float, default=ALPHA, help="alpha of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%"
+    )
+    command.add_argument(
+        "--ties",
+        default="first",
+        choices=["first", "hash"],
+        help="which of equal scores to keep: first in the file, or by hash",
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of the rule `random` and of the hash")
     command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
     command.add_argument("--drop-answer-step", action="store_true", help="do not score a step that states the answer")
     command.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     command.add_argument("--save-to-disk", action="store_true", help="OUTPUT is a folder for datasets.load_from_disk")
     command.add_argument("--push-to-hub", metavar="ORG/NAME", help="also publish the kept rows, with images and card")
-    command.add_argument("--license", help="on that card; default: of the source, where it is on the Hub")
+    command.add_argument("--license", help="licence on that card; default: that of the source, if it is on the Hub")
 
 
 def select(args: argparse.Namespace) -> int:

@@ -14,20 +14,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("serve", help="score over HTTP", formatter_class=ShowDefaults)
     command.set_defaults(command=serve)
     add_model_arguments(command)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; another than loopback needs a key")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a key")
     command.add_argument("--port", type=int, default=8000)
     command.add_argument("--served-model-name", default="prm")
     command.add_argument("--api-key", help=f"key that every request must carry, or set {API_KEY}; '' lets everyone in")
     command.add_argument("--image-root", help="folder of pictures that requests may name")
-    command.add_argument("--allow-image-host", action="append", default=[], help="host that pictures are fetched from")
-    command.add_argument("--max-body-mb", type=positive, default=32, help="size of a request")
-    command.add_argument("--max-waiting", type=positive, default=1024, help="solutions that may wait")
-    command.add_argument("--ui", action="store_true", help="also a page to try the model, at /")
+    command.add_argument(
+        "--allow-image-host", action="append", default=[], help="host from which pictures may be fetched"
+    )
+    command.add_argument("--max-body-mb", type=positive, default=32, help="largest request")
+    command.add_argument("--max-waiting", type=positive, default=1024, help="maximum number of waiting solutions")
+    command.add_argument("--ui", action="store_true", help="also serve a page at / for trying the model")
 
-    command = commands.add_parser("export", help="a folder that vLLM serves as it is", formatter_class=ShowDefaults)
+    command = commands.add_parser(
+        "export", help="write a folder that vLLM serves unchanged", formatter_class=ShowDefaults
+    )
     command.set_defaults(command=export)
     add_model_arguments(command)
-    command.add_argument("folder", help="folder to write, or with --check one that was written")
+    command.add_argument("folder", help="folder to write, or with --check an existing export")
     command.add_argument("--for", dest="target", default="vllm", choices=["vllm"], help="the server")
     command.add_argument("--served-model-name", default="prm")
     command.add_argument("--check", metavar="URL", help="compare the scores of a running server with those here")

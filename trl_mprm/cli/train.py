@@ -22,20 +22,20 @@ class DataArguments:
 
     Parameters:
         dataset_name (`str`):
-            Folder, JSONL file or Hub id, as [`load_rollouts`] takes it.
+            Folder, JSONL file or Hub id, as in [`load_rollouts`].
         dataset_config (`str`, *optional*):
             Configuration of the data set.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on, where `eval_strategy` is set and `eval_dataset_name` is not.
+            Split to evaluate on if `eval_strategy` is set and `eval_dataset_name` is not.
         image_root (`str`, *optional*):
             Folder of the images.
         rule (`str`, *optional*):
-            Train on what this rule keeps: `bis`, `random`, `mixed`, `reliable` or `low_mc`. Defaults to all rollouts, or
-            to `bis` where `fraction` is given.
+            Train on the rollouts that this rule keeps: `bis`, `random`, `mixed`, `reliable` or `low_mc`. Defaults to all
+            rollouts, or to `bis` if `fraction` is given.
         fraction (`float`, *optional*):
-            Share kept of each source. Defaults to 0.1 where `rule` is given.
+            Share kept of each source. Defaults to 0.1 if `rule` is given.
         alpha (`float`, *optional*, defaults to `0.2`):
             Alpha of BIS.
         ties (`str`, *optional*, defaults to `"first"`):
@@ -51,7 +51,9 @@ class DataArguments:
         default="test", metadata={"help": "Split to evaluate on with eval_strategy, without eval_dataset_name."}
     )
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images."})
-    rule: str | None = field(default=None, metadata={"help": "Train on what this rule keeps; default: everything."})
+    rule: str | None = field(
+        default=None, metadata={"help": "Train on the rollouts that this rule keeps; default: all."}
+    )
     fraction: float | None = field(
         default=None, metadata={"help": "Share kept of each source; default: 0.1 with a rule. Alone, it is by bis."}
     )
@@ -61,13 +63,14 @@ class DataArguments:
 
 
 SMOKE = (
-    "only check the recipe: its first steps on a tiny random model of the same architecture and made rollouts, without "
-    "a download; shows that the fields fit together and that training runs, nothing of memory, speed, F1 or the launcher"
+    "only check the recipe: run its first steps on a tiny random model of the same architecture and generated rollouts, "
+    "without a download; shows that the fields fit together and that training runs, but nothing about memory, speed, F1 "
+    "or the launcher"
 )
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """What the help shows: TrlParser reads the arguments, see `train`."""
+    """Add the command to the help only; TrlParser reads its arguments, see `train`."""
     words = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
     commands.add_parser("train", help=words)
 
@@ -107,7 +110,7 @@ def _train(argv: list[str], smoke: bool = False) -> int:
     else:
         report, why = find_report(data.dataset_name, len(rollouts))
         if report is None:
-            logger.info("the card tells of no selection: %s", why)
+            logger.info("the card mentions no selection: %s", why)
     if PartialState().is_main_process:
         say(_what_was_kept(report, len(rollouts)))
     args.model_init_kwargs = {

@@ -1,4 +1,4 @@
-"""The layouts of published checkpoints, as tokens."""
+"""Render rows into tokens in the layouts of published checkpoints."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def conversation_text(
     row: dict[str, Any], processing_class: ProcessingClass, step_format: StepFormat
 ) -> tuple[str, list[int], dict[str, str]]:
     """
-    Lay out a row as a published checkpoint was trained on it: question and steps in one text.
+    Lay out question and steps of a row as one text, in the form on which a published checkpoint was trained.
 
     Returns:
         `tuple[str, list[int], dict[str, str]]`: the text, with the processor's placeholder for each image; for each
@@ -51,7 +51,7 @@ def conversation_text(
     check_prompt(row["prompt"], forbidden)
     completions, hidden = conceal(row["completions"], forbidden)
     if step_format.marker.startswith(" "):
-        # Blanks before this marker join with its own to a token that its authors' code does not find, nor was trained.
+        # Blanks before this marker would merge with its own into a token that was not trained and its authors do not find.
         completions = [step.rstrip(" ") for step in completions]
     marked = [step + step_format.marker for step in completions]
     steps = step_format.joiner.join(marked)
@@ -115,7 +115,7 @@ def _chat_text(messages: list[tuple[str, str]], processing_class: ProcessingClas
 
 
 def _image_placeholder(processor: ProcessorMixin) -> str:
-    """What the chat template writes for an image, as `<|vision_start|><|image_pad|><|vision_end|>`."""
+    """The text that the chat template writes for an image, e.g. `<|vision_start|><|image_pad|><|vision_end|>`."""
     text = {"type": "text", "text": "?"}
     without, with_image = (
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
@@ -149,8 +149,8 @@ def render_texts(
     """
     Tokenise whole texts, as these checkpoints were trained, and find the token where each step is read.
 
-    With images, the processor sees the text up to the last image only; `prompts` are the rows whose images are read,
-    all of them or the first for all.
+    With images, the processor sees the text up to the last image only; `prompts` are the rows whose images are read:
+    all rows, or the first one if all share its images.
     """
     tokenizer = tokenizer_of(processing_class)
     texts, cuts, ends, concealed = [], [], [], []
@@ -172,7 +172,7 @@ def render_texts(
     first = [] if step_format.messages[0][0] else first_token(tokenizer)  # a chat template writes its own
     rendered = []
     for index, (row, text, cut, row_ends, hidden) in enumerate(zip(rows, texts, cuts, ends, concealed, strict=True)):
-        # The last image token goes before the rest again: some tokenizers treat the beginning of a text in its own way.
+        # The last image token is repeated before the rest, because some tokenizers treat the beginning of a text specially.
         token = processing_class.image_token if cut else ""
         with errors_name_row(row, index):
             rest, positions = _tokens_and_positions(
@@ -187,7 +187,7 @@ def render_texts(
 def _tokens_and_positions(
     tokenizer: PreTrainedTokenizerBase, text: str, ends: Sequence[int], hidden: dict[str, str], marker: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of `text`, and the place of the last token before each of `ends`, where a step is read."""
+    """Token ids of `text`, and the index of the last token before each of `ends`, where a step is read."""
     ids = encode_text(tokenizer, text, hidden)
     trained = tokenizer.encode("." + marker, add_special_tokens=False)[-1] if marker else None
     positions = []

@@ -81,9 +81,7 @@ class RemoteProcessRewardModel(StepScorer):
         told = {"marker": entry.get("step_marker"), "joiner": entry.get("step_joiner")}
         own = StepFormat(**{key: value for key, value in told.items() if value is not None})
         self.step_format = step_format or own
-        self.reads_images = entry.get(
-            "reads_images", True
-        )  # vLLM does not say; it refuses images that it does not read
+        self.reads_images = entry.get("reads_images", True)  # vLLM does not say, but refuses what it does not read
 
     def score_batch(self, rows: Sequence[dict[str, Any]], batch_size: int = 16) -> list[list[float]]:
         """

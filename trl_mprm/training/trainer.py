@@ -206,8 +206,8 @@ class ProcessRewardTrainer(HostedTrainer):
 
     def compute_step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """
-        Loss and step metrics (threshold 0.5) of an evaluation; one solution a row, the hard label as truth. And what
-        was too long for it.
+        Loss and step metrics (threshold 0.5) of an evaluation, with one solution per row and the hard label as truth,
+        and the counts of what was too long.
         """
         (logits, losses), labels = prediction.predictions, prediction.label_ids
         measured = labels != IGNORE_INDEX
@@ -234,14 +234,14 @@ class ProcessRewardTrainer(HostedTrainer):
         return {"loss": loss, **dropped, **{name: metrics[name] for name in reported if metrics[name] is not None}}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if not any(name.startswith("eval_") for name in logs):  # an evaluation has its own
+        if not any(name.startswith("eval_") for name in logs):  # an evaluation logs its own counts
             logs = {**logs, **self._gathered(self.overlong)}
             if "train_loss" in logs or (self.state.epoch or 0) >= 1:  # every row has been seen
                 self._check_taught(logs)
         super().log(logs, *args, **kwargs)
 
     def _check_taught(self, dropped: dict[str, float]) -> None:
-        """Raise `ValueError` where every row was too long: nothing was learnt."""
+        """Raise `ValueError` if every row was too long, so that nothing was learnt."""
         if (
             dropped.get("overlong_rows")
             and not self.accelerator.gather(torch.tensor(self.steps_read, device=self.args.device)).any()
@@ -252,7 +252,7 @@ class ProcessRewardTrainer(HostedTrainer):
             )
 
     def _gathered(self, overlong: torch.Tensor) -> dict[str, int]:
-        """Rows, steps and labelled steps that all processes dropped; empty where no row can be too long."""
+        """Counts of rows, steps and labelled steps that all processes dropped; empty if no row can be too long."""
         if self.args.max_length is None and self.args.max_completion_length is None:
             return {}
         counts = self.accelerator.gather(overlong.to(self.args.device)).view(-1, 3).sum(0).tolist()
@@ -273,8 +273,7 @@ class ProcessRewardTrainer(HostedTrainer):
         benchmark: str | None = None,
     ) -> None:
         """
-        Write the model card into `output_dir`, from the run itself. What is named once stays for later cards of this
-        run.
+        Write the model card of this run into `output_dir`. Arguments that are given are kept for later cards of the run.
 
         Args:
             model_name (`str`, *optional*):
@@ -282,13 +281,13 @@ class ProcessRewardTrainer(HostedTrainer):
             dataset_name (`str`, *optional*):
                 Hub id of the data set, or its folder.
             tags (`str` or `list[str]`, *optional*):
-                Tags beside `trl`, `prm`, `mprm` and `process-reward-model`.
+                Tags in addition to `trl`, `prm`, `mprm` and `process-reward-model`.
             license (`str`, *optional*):
-                Licence of the weights, as a Hub identifier. Left out where unknown: it follows the base model's.
+                Licence of the weights, as a Hub identifier. Left out if unknown, since it follows the base model's.
             dataset_revision (`str`, *optional*):
                 Commit of the data set on the Hub.
             results (`dict`, *optional*):
-                What [`step_metrics`] returned for this model.
+                Result of [`step_metrics`] for this model.
             benchmark (`str`, *optional*):
                 Name of the benchmark that `results` were measured on.
         """
@@ -313,18 +312,18 @@ def _checked(args: ProcessRewardConfig | None, model: str | PreTrainedModel | Pe
             f"args is a {type(args).__name__}, expected a ProcessRewardConfig: it takes the same arguments"
         )
     if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process a GPU")
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch`, one process per GPU")
     return args
 
 
 def _added(overlong: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """The counts of what was too long, with those of one more batch."""
+    """Add the counts of what was too long in one more batch."""
     new = inputs.get("extra", {}).get("overlong")
     return overlong if new is None else overlong.to(new.device) + new
 
 
 def _map(dataset: Any, function: Callable, *args: Any) -> Any:
-    """What a function makes of a data set, or of each of a `dict` of them; None stays."""
+    """Apply a function to a data set, or to each in a `dict` of them; None stays None."""
     if isinstance(dataset, dict):
         return {name: function(value, *args) for name, value in dataset.items()}
     return None if dataset is None else function(dataset, *args)
@@ -333,7 +332,7 @@ def _map(dataset: Any, function: Callable, *args: Any) -> Any:
 def _counted(
     train_dataset: Any, eval_dataset: Any, processing_class: ProcessingClass, args: ProcessRewardConfig
 ) -> tuple:
-    """Both with a column of the lengths of their rows; raises where one is too long and may not be."""
+    """Add a column of row lengths to both data sets; raise if a row is too long and `overlong` is `"error"`."""
     how = processing_class, args.step_format, args.length_column_name
     train_dataset, eval_dataset = (_map(rows, with_lengths, *how) for rows in (train_dataset, eval_dataset))
     if args.max_length is not None and args.overlong == "error":
