@@ -1,4 +1,4 @@
-"""A trained process reward model scores steps and picks the best of N."""
+"""Score steps, and pick the best of N solutions, with a trained process reward model."""
 
 import logging
 import os
@@ -40,17 +40,17 @@ logger = logging.getLogger(__name__)
 
 class ProcessRewardModel(StepScorer):
     """
-    A process reward model that is ready to score.
+    A process reward model ready to score.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Model trained by [`ProcessRewardTrainer`].
         processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
-            Its processor or tokenizer, which knows the marker.
+            The model's processor or tokenizer, which must know the marker.
         step_format ([`StepFormat`], *optional*):
             Marker, reward tokens and joiner the model was trained with.
         name (`str`, *optional*):
-            What its reward functions are called after. Defaults to the last part of the path that the weights are from.
+            Name after which its reward functions are called. Defaults to the last part of the path of the weights.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class ProcessRewardModel(StepScorer):
             model_id (`str`):
                 Hub id or local folder.
             base_model (`str`, *optional*):
-                Base of an adapter, where it has moved since the training. Defaults to the one the adapter names.
+                Base of an adapter, if it has moved since training. Defaults to the one that the adapter names.
             step_format ([`StepFormat`] or `str`, *optional*):
-                Layout of a checkpoint that was not trained by us, or its name in [`published.PUBLISHED`], as
-                `"math-shepherd"`. Defaults to what is saved beside the weights, else to what is known of the Hub id.
+                Layout of a checkpoint that was trained elsewhere, or its name in [`published.PUBLISHED`], e.g.
+                `"math-shepherd"`. Defaults to the one saved beside the weights, else to the one known for the Hub id.
             quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
                 Load the text decoder in 4 bit, as a QLoRA adapter was trained.
             revision (`str`, *optional*):
                 Branch, tag or commit on the Hub.
             model_init_kwargs:
-                Passed to `from_pretrained`, as `dtype` or `device_map`.
+                Passed to `from_pretrained`, e.g. `dtype` or `device_map`.
         """
         if step_format is None:
             step_format = CHECKPOINTS.get(str(model_id))
@@ -183,14 +183,14 @@ class ProcessRewardModel(StepScorer):
             rows (`Sequence[dict]`):
                 Rows with `prompt`, `completions` and optional `images`, as in training.
             batch_size (`int`, *optional*, defaults to `8`):
-                Rows a forward, for rows that share no prefix.
+                Rows per forward pass, for rows that share no prefix.
             max_batch_tokens (`int`, *optional*, defaults to `16384`):
-                Tokens a forward at most, padding included. A row behind a shared prefix counts its own tokens and an
-                eighth of the prefix, whose keys and values each layer repeats for it: they are two hidden sizes wide
-                at most, and what a layer holds of a token that it runs is about sixteen. A longer row is scored alone.
-                Lower it where memory runs out.
+                Maximum number of tokens per forward pass, including padding. A row behind a shared prefix counts its own
+                tokens and an eighth of the prefix, whose keys and values each layer repeats for it: these are at most
+                two hidden sizes wide, against about sixteen that a layer holds for a token it runs. A longer row is
+                scored alone. Lower this if memory runs out.
             share_prefix (`bool`, *optional*, defaults to `True`):
-                `False` runs every row from its first token, as the proof that both give the same scores does.
+                `False` scores every row from scratch, e.g. to check that sharing changes nothing.
 
         Returns:
             `list[list[float]]`: P(step good) of each step of each row, in the order of `rows`.
@@ -219,7 +219,7 @@ class ProcessRewardModel(StepScorer):
         max_batch_tokens: int = 16384,
         share_prefix: bool = True,
     ) -> list[torch.Tensor]:
-        """Logits of the reward tokens and the marker at each step, `(steps, 3)` a row."""
+        """Logits of the reward tokens and the marker at each step, `(steps, 3)` per row."""
         sharing = share_prefix and can_share_prefix(self.model)
         groups: dict[Any, list[int]] = {}
         for index in range(len(rows)):
@@ -236,7 +236,7 @@ class ProcessRewardModel(StepScorer):
         logits: dict[int, torch.Tensor] = {}
         with tqdm(total=len(rows), desc="Scoring", unit="row", delay=2) as progress, torch.inference_mode():
             for score, chunk in chunks:
-                # A row without a name is called by its place in `rows`, not in the chunk.
+                # A row without a name is named by its place in `rows`, not in the chunk.
                 named = [{"rollout_id": str(index)} | rows[index] for index in chunk]
                 logits |= zip(chunk, score(named, max_batch_tokens), strict=True)
                 progress.update(len(chunk))
@@ -289,7 +289,7 @@ class ProcessRewardModel(StepScorer):
 
 
 def _tokens_read(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a model reads: as many as its tokenizer allows, and as its positions reach with rope scaling."""
+    """The maximum number of tokens that a model reads, by its tokenizer and its positions with rope scaling."""
     config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)  # a model without positions has none
     if positions is None:

@@ -1,7 +1,7 @@
 """
-The bytes of a file that may be packed: plain, `.gz`, `.zst`, or a member of a `.zip`.
+Read the bytes of a file that may be compressed: plain, `.gz`, `.zst`, or a member of a `.zip`.
 
-What is damaged is one clear error that names the file. Nothing is unpacked to disk.
+A damaged file raises one clear error that names it. Nothing is unpacked to disk.
 """
 
 import gzip
@@ -20,9 +20,9 @@ import pyarrow as pa
 @contextmanager
 def open_packed(file: str, member: str | None = None) -> Iterator[BinaryIO]:
     """
-    The unpacked bytes of a file, or of a member of a zip, as a file that can go forward.
+    Open the unpacked bytes of a file, or of a member of a zip, as a file that can be read forwards.
 
-    Raises `ValueError`, in one line, where the file is damaged or cannot be unpacked.
+    Raises `ValueError`, with a one-line message, if the file is damaged or cannot be unpacked.
 
     Examples:
     ```python
@@ -55,7 +55,7 @@ def members_of(archive: Path) -> list[str]:
 
 
 class _Zstandard(io.RawIOBase):
-    """A stream of pyarrow as Python's own readers want it: it can go forward, by reading."""
+    """Adapts a pyarrow stream for Python's readers, which seek forwards by reading."""
 
     def __init__(self, stream: pa.NativeFile):
         self.stream, self.offset = stream, 0
@@ -87,7 +87,7 @@ class _Zstandard(io.RawIOBase):
 
 @contextmanager
 def damage_is_one_line(name: str) -> Iterator[None]:
-    """Errors of readers that meet a damaged file become a `ValueError` that names it."""
+    """Turn the errors that readers raise on a damaged file into a `ValueError` that names it."""
     try:
         yield
     except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, pa.ArrowException, UnicodeError) as error:

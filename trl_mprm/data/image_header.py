@@ -1,8 +1,8 @@
 """
-Width and height of ordinary PNG and JPEG files from their first bytes, some times faster than opening them.
+Read width and height of ordinary PNG and JPEG files from their first bytes, several times faster than opening them.
 
-What is not ordinary (other formats, colour profiles, EXIF, a header that is long or odd) is Pillow's to judge: this
-module only knows files of which Pillow's header checks are sure to pass.
+All other files (other formats, colour profiles, EXIF, a long or odd header) are left to Pillow: this module only
+recognises files that are sure to pass Pillow's header checks.
 """
 
 import zlib

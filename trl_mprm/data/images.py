@@ -1,4 +1,4 @@
-"""Finds the pictures of rollouts and benchmarks: inside one folder, whole, and not too large."""
+"""Find the pictures of rollouts and benchmarks, which must be inside one folder, whole, and not too large."""
 
 import base64
 import errno
@@ -29,7 +29,7 @@ class ImageFinder:
         root (`Path`, *optional*):
             Folder that paths are relative to and must stay in, links followed. Without it no path is found.
         check (`bool`, *optional*, defaults to `True`):
-            Look for the file, and check header, size and end mark. Otherwise paths are taken as they are.
+            Look for the file, and check header, size and end mark. Otherwise paths are taken unchecked.
     """
 
     def __init__(self, root: str | os.PathLike | None, check: bool = True):
@@ -47,8 +47,8 @@ class ImageFinder:
 
     def look(self, image: object) -> str | bytes | Refused:
         """
-        The path of an image, or its bytes if they came along (`{"bytes": ..., "path": ...}`, in JSON as base64), or what
-        is wrong.
+        The path of an image, or its bytes if the record has them (`{"bytes": ..., "path": ...}`, in JSON as base64), or the
+        fault.
         """
         if isinstance(image, bytes):
             image = {"bytes": image}
@@ -145,7 +145,7 @@ def find_images(record: dict, finder: ImageFinder, keep_missing: bool = False) -
     """
     The images of a record as [`~datasets.Image`] stores them: a path, or bytes. Raises [`Refused`].
 
-    With `keep_missing`, images that are not there are paths too: where they would be, below the root.
+    With `keep_missing`, missing images are returned as the paths where they would be, below the root.
     """
     images = image_list(record)
     found = [finder.look(image) for image in images]
@@ -225,12 +225,12 @@ def check_image(file: io.BufferedIOBase) -> None:
 
 def open_image(image: "Image.Image | str | os.PathLike | dict[str, Any]") -> "Image.Image":
     """
-    Take an image in RGB as it is, or open a path or what an undecoded column holds (`{"bytes", "path"}`).
+    Convert an image to RGB, or open a path or the value of an undecoded column (`{"bytes", "path"}`).
 
-    An image is turned as its EXIF orientation says, which `datasets` does when it decodes a column. What is transparent
-    becomes white: in a drawing of black lines on transparent ground, plain conversion makes all of it black.
+    An image is rotated according to its EXIF orientation, as `datasets` does when it decodes a column. Transparent areas
+    become white, since plain conversion would make a drawing of black lines on a transparent ground all black.
 
-    Raises `ValueError` where there is none, or the file is not a whole image.
+    Raises `ValueError` if there is no image, or the file is not a whole image.
     """
     from PIL import ExifTags, Image, ImageOps
 

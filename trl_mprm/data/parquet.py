@@ -1,7 +1,7 @@
 """
-Rows of Parquet files as lines of JSON, so that what reads lines reads them too.
+Convert rows of Parquet files to lines of JSON, so that code that reads lines can read them too.
 
-Imported when there is a Parquet file: reading JSONL does without pyarrow's reader.
+Imported only when there is a Parquet file, because reading JSONL does without pyarrow's reader.
 """
 
 import base64
@@ -60,7 +60,7 @@ def read_records(
 
 def json_line(file: str, record: dict) -> bytes:
     """
-    A row as a line of JSON, fields that are null left out; bytes become base64, pictures as `{"bytes": ...}`.
+    Convert a row to a line of JSON without its null fields; bytes become base64, pictures `{"bytes": ...}`.
 
     Examples:
     ```python

@@ -1,14 +1,14 @@
 """
-The files of a corpus, in pieces that can be read one without the other.
+Divide the files of a corpus into pieces that can be read independently.
 
-In, what a user names: a folder, a glob, an archive, files. Out, shards in corpus order:
+A folder, a glob, an archive or files become shards in corpus order:
 
     raw/AI2D.jsonl (150 MB)        ->  Shard(0, "raw/AI2D.jsonl", None, 0, 16778020, "AI2D", ...), Shard(1, ...), ...
     raw/DVQA.jsonl.zst             ->  Shard(3, "raw/DVQA.jsonl.zst", None, 0, None, "DVQA", ...)
     annotations.zip, read in place ->  Shard(4, "annotations.zip", "annotations/GEOS.jsonl", 0, None, "GEOS", ...)
 
-A shard of a JSONL file begins and ends at a line end, one of a Parquet file is some of its row groups. What is
-compressed is one shard a file.
+A shard of a JSONL file begins and ends at a line end, one of a Parquet file is some of its row groups. A
+compressed file is one shard.
 """
 
 import glob
@@ -29,7 +29,7 @@ from .formats import READ_KEYS
 
 
 class SplitFiles(NamedTuple):
-    """The files of one split of a data set, on the Hub or a copy of it: together one file, as `load_dataset` reads them."""
+    """The files of one split of a data set, which are read as one file, as `load_dataset` reads them."""
 
     dataset: str  # its Hub id, or its folder
     files: list[Path]
@@ -61,11 +61,11 @@ class Shard(NamedTuple):
     source: str  # by name
     stamp: tuple[int, int]  # size and time of the last change when the shards were made
     plan: str  # shards of one call of `plan_shards` have it in common
-    dataset: str | None = None  # that these rows are a split of: its Hub id, or its folder
+    dataset: str | None = None  # the data set that these rows are a split of: its Hub id, or its folder
 
     @property
     def place(self) -> str:
-        """What is read as one file: its lines are counted from its first one on."""
+        """The name of what is read as one file, in which lines are counted from the first."""
         return self.dataset or (self.file if self.member is None else f"{self.file}/{self.member}")
 
 
@@ -140,7 +140,7 @@ def _line_ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int,
 
 
 def input_files(name: str | os.PathLike) -> list[Path]:
-    """The files that a user names: those of a folder by name or its `annotations.zip`, matches of a glob, one file."""
+    """The files that an input stands for: those of a folder or its `annotations.zip`, matches of a glob, one file."""
     path = Path(name)
     if path.is_dir():
         files = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(SUFFIXES) and not _aside(entry)]
@@ -164,7 +164,7 @@ def input_files(name: str | os.PathLike) -> list[Path]:
 
 
 def _aside(path: PurePosixPath | Path) -> bool:
-    """What `trl-mprm select` could not use, and what macOS puts beside each file of an archive: no rollouts."""
+    """Whether a file holds no rollouts: refused rows of `trl-mprm select`, or a companion file of macOS in an archive."""
     return is_refused_file(path) or path.name.startswith("._") or "__MACOSX" in path.parts
 
 

@@ -12,10 +12,10 @@ value; the last step is the answer:
 
     from 0      red is 7 total 7      blue is 5 total 2      pink is 9 total 1      answer 1
 
-It slips now and then, mostly on the one tile of the problem that it finds hard; a slip spoils every later value, until
-the policy notices ("wait blue is 5 total 2"). If its value is not among the options it guesses one of them. So with
-options a continuation from a wrong step is often right by luck: its Monte Carlo score is above 0, its label positive,
-while the step is wrong. That is the systematic label noise of the multiple-choice sources of VisualPRM400K.
+The policy slips now and then, mostly on the one tile of the problem that it finds hard; a slip spoils every later value
+until the policy notices ("wait blue is 5 total 2"). If its value is not among the options, it guesses one of them. With
+options, a continuation from a wrong step is therefore often right by luck: the Monte Carlo score is above 0 and the label
+positive although the step is wrong. This is the systematic label noise of VisualPRM400K's multiple-choice sources.
 
 A step is right when what it states is true: the digit is the one in the picture, and the value is the value of all the
 tiles so far. The score of a step is measured, never derived: 16 continuations of the same policy from that prefix.
@@ -133,9 +133,9 @@ def make_problems(
 
     Args:
         n (`int`):
-            How many.
+            Number of problems.
         policy (`Policy`):
-            Draws how hard each problem is for the policy.
+            Policy, which determines how hard each problem is.
         rng (`numpy.random.Generator`):
             Source of randomness.
         lengths (`tuple[int, ...]`):

@@ -1,4 +1,4 @@
-"""The passes of a selection, over processes of this machine."""
+"""Run the passes of a selection in processes on this machine."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ from .summary import Scores, Summary
 from .threshold import Cut, Ties, tie_counts
 
 
-POOL_BYTES = 2**25  # a corpus above this size is worth a process a core
+POOL_BYTES = 2**25  # a corpus above this size is worth a process per core
 
 
 def find_engine(name: str) -> type:
@@ -35,7 +35,7 @@ def find_engine(name: str) -> type:
 
 
 class LocalRun:
-    """The passes over all shards, in this process or, where that is quicker, in one process a core."""
+    """Runs the passes over all shards, in this process or, where that is quicker, in one process per core."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 """
-What the first pass remembers of lines, batch by batch, in two ways to read a line: see [`~trl_mprm.selection.passes`].
+Read lines in the first pass, batch by batch and in two ways (see [`~trl_mprm.selection.passes`]), and keep their scores.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ class _Step(msgspec.Struct, gc=False):
 
 
 class _Raw(msgspec.Struct, gc=False):
-    """The fields of a raw record that decide about it. Another type than these is a case for the careful way."""
+    """The fields of a raw record that decide about it. A record with other types is read the careful way."""
 
     steps_with_score: list[_Step]
     question_orig: str | None = None
@@ -60,7 +60,7 @@ _steps, _step, _score, _total, _rollout_id = map(
 
 
 class _Columns(NamedTuple):
-    """What is remembered of some lines: one entry per line, but for `scores`, which has one per measured step."""
+    """The facts kept about some lines: one entry per line, except `scores`, which has one per measured step."""
 
     state: list[int]
     group: list[int]
@@ -85,7 +85,7 @@ class _Arrays(NamedTuple):
 
 
 class LineReader:
-    """Collects what is remembered of the lines of a shard, batch by batch."""
+    """Collects the facts kept about the lines of a shard, batch by batch."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class LineReader:
         self.arrays: list[_Arrays] = []
 
     def add(self, lines: list[bytes], utf8: bool | None = None) -> None:
-        """Read some lines. `utf8`: whether they are known to be UTF-8, or not to be."""
+        """Read some lines. `utf8` says whether they are UTF-8, if that is known."""
         if utf8 is None:
             utf8 = is_utf8(b"".join(lines))
         # The narrow way does not look into the strings that it skips: they must be UTF-8 all the same.
@@ -122,7 +122,7 @@ class LineReader:
         self.add(lines[half:], utf8 or None)
 
     def _narrow(self, lines: list[bytes]) -> bool:
-        """Read lines of which none is unusual; else return False, and remember nothing of them."""
+        """Read lines if none of them is unusual; else keep nothing and return False."""
         try:
             rows = list(map(_decode, lines))
             found = self._groups(rows)
@@ -244,7 +244,7 @@ class LineReader:
         return self.states.setdefault((source, reason, unread), len(self.states))
 
     def to_arrays(self) -> None:
-        """Numbers of lines become arrays, a tenth of their size."""
+        """Turn the numbers of lines into arrays, which take a tenth of the space."""
         columns = self.columns
         n_steps, n_pos, mc_sum, _ = step_sums(
             np.fromiter(columns.scores, np.float64), np.append(0, np.cumsum(np.fromiter(columns.n_steps, np.int64)))
@@ -306,7 +306,7 @@ def _prompt(question: str | None) -> str:
 
 
 def _fault(images: list) -> int:
-    """Why the first one that cannot be used cannot; -1 if all can."""
+    """The reason for refusing the first unusable one; -1 if all are usable."""
     for image in images:
         if isinstance(image, Refused):
             return REASON_NUMBERS[image.reason]
@@ -318,7 +318,7 @@ def checksum(line: bytes) -> int:
 
 
 def is_utf8(text: bytes) -> bool:
-    """The same answer as `text.decode()`, some times faster."""
+    """Give the same answer as `text.decode()`, several times faster."""
     if text.isascii():
         return True
     offsets = pa.py_buffer(np.array([0, len(text)], np.int64))
@@ -330,7 +330,7 @@ def is_utf8(text: bytes) -> bool:
 
 
 def group_hash(source: str, prompt: object, images: Iterable) -> int:
-    """A number for the group of rollouts that share an image and a question, the same on every machine."""
+    """Number the group of rollouts that share an image and a question; the number is the same on every machine."""
     try:
         text = "\0".join((source, prompt, *images))
     except TypeError:  # not all of them are paths

@@ -1,12 +1,12 @@
 """
 The two passes over a shard: `score_shard` reads what scores need, `emit` copies the rows that are kept.
 
-In, a line of `Geometry3K.jsonl`:
+A line of `Geometry3K.jsonl`:
 
     {"image": "1471.png", "question": "Find x.", "steps_with_score": [{"step": "x = 5.", "score": 0.125, ...}], ...}
 
-Out of the first pass, a few bytes: its kind (1 step, 1 positive, sum 0.125), its length, a hash of question and image.
-Out of the second, if it is kept: the line, byte by byte.
+The first pass keeps a few bytes of it: its kind (1 step, 1 positive, sum 0.125), its length, a hash of question and
+image. The second copies the line byte for byte if it is kept.
 
 The first pass has two ways to read a line. The narrow one parses the few fields of raw annotations that decide about a
 row, typed, and takes a line only if nothing about it is unusual. All other lines go the careful way of
@@ -56,19 +56,19 @@ def score_shard(
     spec: CutSpec | None = None,
 ) -> tuple[Scores, Summary]:
     """
-    First pass: what is remembered of each line of a shard, and the summary that travels.
+    First pass: compute the few bytes kept per line of a shard, and the summary to send.
 
     Args:
         shard ([`~trl_mprm.data.shards.Shard`]):
-            Of [`~trl_mprm.data.shards.plan_shards`].
+            A shard from [`~trl_mprm.data.shards.plan_shards`].
         image_root (`str` or path, *optional*):
             Folder of the images. Defaults to the folder of the file.
         drop_answer_step (`bool`, *optional*, defaults to `False`):
-            Take a last step that states the final answer for not measured.
+            Treat a last step that states the final answer as not measured.
         words (`bool`, *optional*, defaults to `False`):
             Count the words of the measured steps.
         spec ([`~trl_mprm.selection.rules.CutSpec`], *optional*):
-            Of the selection: its rule may read fields of its own.
+            The request of the selection, whose rule may read further fields.
 
     Examples:
     ```python
@@ -111,8 +111,8 @@ def _scores(shard: Shard, image_root: str | os.PathLike | None, drop_answer_step
 @contextmanager
 def _frames_to_spare(n_frames: int = 200) -> Iterator[None]:
     """
-    Parse as if the stack were deeper than it is: how deep values of a line may be nested depends on it, and what passes
-    here must be read again wherever it is kept.
+    Parse as if the stack were deeper than it is. The permitted nesting of values depends on the depth of the stack, and a
+    line that passes here must be readable wherever it is kept.
     """
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(limit - n_frames)
@@ -124,7 +124,7 @@ def _frames_to_spare(n_frames: int = 200) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _finder(root: str | os.PathLike, plan: str) -> ImageFinder:
-    """One finder for all shards of a plan that a process reads: each picture is looked at once."""
+    """One finder for all shards of a plan that a process reads, so that each picture is checked only once."""
     return ImageFinder(root)
 
 
@@ -144,7 +144,7 @@ def emit(shard: Shard, scores: Scores, cut: Cut, kept: BinaryIO, refused: Binary
     Second pass: write the kept lines of a shard to `kept`, byte by byte, each with a line end, and a JSON line (file,
     line, reason) for each refused row to `refused`.
 
-    The checksum of each kept line is compared with that of the first pass: what is written is what was scored.
+    The checksum of each kept line is compared with that of the first pass, so that the lines written are those scored.
 
     Examples:
     ```python
