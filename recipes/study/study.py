@@ -56,7 +56,7 @@ WEAKER_BASE_UPDATES = 1000  # half of the base's own
 class Arm:
     """Which rows, which labels, how often: all that differs between the runs of one world."""
 
-    rule: str | None = "bis"  # None: the base as it is
+    rule: str | None = "bis"  # None: the base, untrained
     fraction: float = 1.0
     alpha: float = 0.2
     ties: str = "first"

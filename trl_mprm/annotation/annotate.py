@@ -134,7 +134,7 @@ def annotate(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of an annotation, as [`annotate`] explains it."""
+    """The request for an annotation, as [`annotate`] explains it."""
 
     n: int = 16
     solutions: int = 4
@@ -321,7 +321,7 @@ def _next_batch(races: list[tuple[Race, list[int]]]) -> Iterator[tuple[Race, int
 def _by_source(
     rollouts: list[Rollout], tallies: list[Tally], kept: list[int], progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """What was planned, drawn, saved and lost, by source."""
+    """Count the draws that were planned, made, saved and lost, by source."""
     sources: dict[str, Counter[str]] = {}
     for rollout, tally in zip(rollouts, tallies, strict=True):
         counts = sources.setdefault(rollout.source, Counter())

@@ -1,7 +1,7 @@
 """
 Which draws can still change a selection by BIS: a race of rollouts, with exact bounds or likely ones.
 
-A rollout of three steps, N = 16 draws a step planned, alpha 0.2; so far
+A rollout of three steps, N = 16 draws per step planned, alpha 0.2; so far
 
     step   right  measured  left     score at the end
     1      4      4         12       4/16 to 16/16, positive for sure

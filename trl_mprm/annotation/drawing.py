@@ -82,7 +82,7 @@ class Drawing:
         return rollouts, lost
 
     def tallies(self, rollouts: Sequence[Rollout], n: int) -> list[Tally]:
-        """Tallies for `n` draws a step, without a draw but for the steps that are checked."""
+        """Tallies for `n` draws per step, without a draw but for the steps that are checked."""
         tallies = [Tally.new(len(rollout.steps), n) for rollout in rollouts]
         for rollout, tally in zip(rollouts, tallies, strict=True):
             self._check_answer_step(rollout, tally)
@@ -185,5 +185,5 @@ class Drawing:
 
 
 def cost(spent: Counter[str] | dict[str, int], price: float) -> float:
-    """What was spent at a price per million computed tokens: generated ones, and those of prefixes not cached."""
+    """The cost at a price per million computed tokens: generated ones, and those of prefixes not cached."""
     return (spent["tokens"] + spent["prompt_tokens"] - spent["cached_tokens"]) * price / 1e6

@@ -57,7 +57,7 @@ class _Branches(DynamicLayer):
 
 @dataclass
 class _Prefix:
-    """What was run of a question and some steps: their tokens, their keys and values, the logits after the last."""
+    """The state after a question and some steps: their tokens, their keys and values, the logits after the last."""
 
     question: tuple[str, ...]
     n_question: int

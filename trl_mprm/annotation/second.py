@@ -21,7 +21,7 @@ from .questions import Rollout
 
 
 class SecondOpinion(NamedTuple):
-    """Of each rollout, whether each step is good; None where that is not known."""
+    """Whether each step of each rollout is good; None where that is not known."""
 
     name: str
     labels: list[list[bool | None]]

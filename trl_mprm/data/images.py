@@ -122,7 +122,7 @@ class ImageFinder:
         return refused or Refused(Reason.IMAGE_MISSING, f"{name!r:.80} is not in {self.root}")
 
     def _candidates(self, folder: str) -> list[tuple[str, bool, bool]] | Refused:
-        """Where the files of a folder may lie: real path with a slash, whether it is inside the root, and exists."""
+        """The folders in which the files may be: real path with a slash, whether it is inside the root, and exists."""
         # The annotations say VisualPRM400K-v1.1-Raw/<x>, and images.zip unpacks to images/<x>. Short paths of NLVR2
         # (images/train-*.png) lie in images/nlvr2/.
         short = folder.removeprefix("VisualPRM400K-v1.1-Raw/")

@@ -83,7 +83,7 @@ def json_line(file: str, record: dict) -> bytes:
 
 
 def _as_text(value: object) -> str:
-    """What JSON has no word for: bytes in base64, as [`~trl_mprm.data.images.ImageFinder`] reads them; a time, a decimal."""
+    """Encode values that JSON lacks: bytes in base64, as [`~trl_mprm.data.images.ImageFinder`] reads them; times; decimals."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 

@@ -178,7 +178,7 @@ def make_problems(
 
 @dataclass
 class State:
-    """Where m rollouts stand: `done` tiles read, the stated `value`, the tile of the last slip, the final answer."""
+    """The state of m rollouts: `done` tiles read, the stated `value`, the tile of the last slip, the final answer."""
 
     problem: np.ndarray  # (m,) index into Problems
     done: np.ndarray

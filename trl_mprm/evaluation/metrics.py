@@ -57,7 +57,7 @@ def step_metrics(
             Question of each solution; folds and bootstrap keep a question together. By default each solution has its
             own.
         threshold (`float` or `str`, *optional*, defaults to `"held_out"`):
-            A number in [0, 1] is used as it is (protocol `fixed`). `"held_out"` deals the questions into 5 folds (fewer
+            A number in [0, 1] is used directly (protocol `fixed`). `"held_out"` deals the questions into 5 folds (fewer
             if there are fewer questions), each of which uses the [`best_threshold`] of the others. `"oracle"` uses the
             best threshold on the very steps that are measured, as the paper's code does, which flatters the model.
         n_resamples (`int`, *optional*, defaults to `1000`):
