@@ -10,6 +10,7 @@ allowed by name. All that a client sends is limited: bytes, time, pictures, pixe
 """
 
 import hmac
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -142,11 +143,17 @@ def create_app(
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Serve until the process is told to stop; pending requests are answered first."""
+    """
+    Serve until the process is told to stop; pending requests are answered first.
+
+    Raises `OSError` where the address is in use.
+    """
+    try:
+        listening = socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise OSError(f"{host}:{port} is in use: name another --port") from error
     config = uvicorn.Config(
         app,
-        host,
-        port,
         http=BoundedConnections,
         log_level="warning",
         timeout_keep_alive=15,
@@ -154,7 +161,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
         h11_max_incomplete_event_size=2**16,
         server_header=False,
     )
-    uvicorn.Server(config).run()
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Unauthorised(Exception):
