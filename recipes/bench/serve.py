@@ -160,10 +160,10 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--requests", type=int, default=64, help="per contestant, number of clients and turn")
+    parser.add_argument("--requests", type=int, default=16, help="per contestant, number of clients and turn")
     parser.add_argument("--n", type=int, default=16, help="candidates per question")
-    parser.add_argument("--image-tokens", type=int, default=400)
-    parser.add_argument("--answer-tokens", type=int, default=120)
+    parser.add_argument("--image-tokens", type=int, default=196)
+    parser.add_argument("--answer-tokens", type=int, default=63)
     parser.add_argument("--memory", type=int, nargs="*", default=[1000, 10000], help="small requests before each look")
     parser.add_argument("--vllm", help="address of a vLLM that serves the exported model")
     parser.add_argument("--json", help="file for the figures")
