@@ -87,10 +87,10 @@ def test_results_go_into_the_record_and_edited_text_stays(folder):
 def test_an_adapter_of_a_local_base_is_not_ready_to_publish(folder, tmp_path, capsys):
     copy = tmp_path / "adapter"
     shutil.copytree(folder, copy)
-    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/someone/base"}))
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/srv/someone/base"}))
     assert main(["card", str(copy)]) == 0
     said = capsys.readouterr().out
-    assert "names the base /home/someone/base, a folder of this machine" in said and "hf upload" not in said
+    assert "names the base /srv/someone/base, a folder of this machine" in said and "hf upload" not in said
     (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     assert main(["card", str(copy)]) == 0
     assert "publish: hf upload" in capsys.readouterr().out
