@@ -83,9 +83,10 @@ def test_accuracy_of_token_classes():
     assert compute_accuracy((logits, np.array([[1, -100], [0, -100]]))) == {"accuracy": 0.5}
 
 
-def test_accuracy_of_pairs_of_rewards():
+def test_accuracy_of_pairs_of_rewards(caplog):
     rewards, better = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]), np.array([0, 0, 0])
     assert compute_accuracy(EvalPrediction(rewards, better)) == {"accuracy": 0.5}
+    assert "1 out of 3 pairs have equal rewards" in caplog.text
 
 
 def test_the_best_model_by_accuracy(tmp_path):

@@ -8,6 +8,7 @@ Features particular to TRL's `PRMTrainer` (up to 1.13), for those who migrate fr
 A data set of such `input_ids` and `labels` can be trained on directly.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..data.rows import IGNORE_INDEX
+
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize_row(
@@ -90,6 +94,8 @@ def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     predictions, labels = (np.asarray(values) for values in prediction)
     if labels.ndim == 1:
         told = predictions[:, 0] != predictions[:, 1]
+        if not told.all():
+            logger.warning(f"{(~told).sum()} out of {len(told)} pairs have equal rewards: they do not count")
         answers = predictions.argmax(1)
     else:
         told = labels != IGNORE_INDEX
