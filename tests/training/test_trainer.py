@@ -327,7 +327,7 @@ def test_a_malformed_row_is_named_by_its_number(change, message, tiny_folders, t
         ("labels", 1.0, "row 0: `labels` is 1.0, expected a list of numbers, one per step"),
         ("completions", "a. b.", "row 0: `completions` is 'a. b.', expected a list of steps"),
         ("prompt", 5, "row 0: `prompt` is 5, expected the question"),
-        ("images", "a.png", "the column `images` has one string a row, expected a list of pictures a row"),
+        ("images", "a.png", "the column `images` has one string per row, expected a list of pictures"),
     ],
 )
 def test_a_column_of_another_type(column, value, message, tiny_folders, tmp_path):
