@@ -4,11 +4,10 @@ import base64
 import json
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler
 
 import pytest
 from datasets import Dataset
-from helpers import hub_on_this_machine, make_rows
+from helpers import CommitHub, hub_on_this_machine, make_rows
 
 
 TOKEN = "hf_" + "secret" * 5
@@ -32,16 +31,11 @@ trainer.push_to_hub(dataset_name="org/rollouts", license="mit")
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Takes every file inline and remembers the commits: `commits[n][path] = bytes`."""
-
-    commits: list[dict[str, bytes]]
-
-    def do_GET(self):
-        self._answer({"name": "someone", "auth": {"accessToken": {"role": "write"}}})
+class Hub(CommitHub):
+    """The model side of the commit API: takes every file inline."""
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         if self.path.endswith("/repos/create"):
             self._answer({"url": f"{self._address()}/someone/tiny-mprm"})
         elif "/preupload/" in self.path:
@@ -55,20 +49,6 @@ class Hub(BaseHTTPRequestHandler):
             self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": url})
         else:  # validation of the card
             self._answer({"warnings": [], "errors": []})
-
-    def _address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def _answer(self, value: dict) -> None:
-        text = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *args) -> None:
-        pass
 
 
 @pytest.mark.slow
