@@ -1,6 +1,8 @@
 """
 Write the files of the miniature: a corpus in the schema of VisualPRM400K-v1.1-Raw, and a benchmark in VisualProcessBench's.
 
+    python -m trl_mprm.demo.corpus data     # a small pair to try things on: data/rollouts and data/benchmark
+
 One line of `corpus/annotations/sum-2.jsonl`, shortened:
 
     {"image": "images/00000.png", "question": "<image>\\nadd red blue options 2 7", "answer": "2", "num_mc_sequences": 16,
@@ -8,6 +10,7 @@ One line of `corpus/annotations/sum-2.jsonl`, shortened:
                           {"step": "red is 7 total 7", "score": 0.9375, "num_mc_correct": 15, "num_mc_total": 16}, ...]}
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tqdm.auto import tqdm
 
 from trl_mprm.files import atomic_output
 
+from .settings import DEMO
 from .world import (
     OPEN,
     Policy,
@@ -142,3 +146,29 @@ def corpus_statistics(steps: Steps) -> dict[str, float]:
         "wrong_but_positive": float((wrong & positive).sum() / wrong.sum()),
         "right_but_negative": float((right & ~positive).sum() / right.sum()),
     }
+
+
+def main() -> None:
+    """Write 200 rollouts and 60 solutions of a benchmark, the data of the guides in `recipes/`."""
+    parser = argparse.ArgumentParser(
+        description="Write 200 rollouts and a benchmark of 60 solutions of the miniature."
+    )
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    corpus = write_corpus(
+        folder / "rollouts",
+        50,
+        DEMO.policy,
+        np.random.default_rng(0),
+        options=DEMO.options,
+        wrong_reference=DEMO.wrong_reference,
+    )
+    benchmark = write_benchmark(
+        folder / "benchmark", 20, DEMO.benchmark_policies, np.random.default_rng(1), options=DEMO.options
+    )
+    print(f"{folder}/rollouts: {corpus['rollouts']} rollouts, {corpus['steps']:,} steps with Monte Carlo scores")
+    print(f"{folder}/benchmark: {benchmark['solutions']} solutions, {benchmark['steps']:,} steps with true labels")
+
+
+if __name__ == "__main__":
+    main()
