@@ -1,4 +1,4 @@
-"""`trl-mprm select | annotate | train | score | evaluate | serve | export | card | convert | demo`: arguments in, the library works, one table out."""
+"""`trl-mprm COMMAND`: arguments in, the library works, one table out."""
 
 import argparse
 import logging
@@ -11,7 +11,8 @@ from ..text import one_line
 
 # Command: its module. Only the one that is asked for is imported: `select` of a few files is done before others are.
 COMMANDS = {
-    name: name for name in ("select", "annotate", "train", "score", "evaluate", "serve", "card", "convert", "demo")
+    name: name
+    for name in ("select", "annotate", "train", "score", "evaluate", "serve", "card", "convert", "recipes", "demo")
 } | {"export": "serve"}
 
 
@@ -50,7 +51,8 @@ def _parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="select | annotate | train | score | evaluate | serve | export | card | convert | demo"
+        required=True,
+        metavar="select | annotate | train | score | evaluate | serve | export | card | convert | recipes | demo",
     )
     for module in [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values()):
         import_module(f".{module}", __name__).add_parser(commands)
