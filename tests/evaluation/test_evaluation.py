@@ -776,8 +776,45 @@ def test_page(evaluated):
     assert set(re.findall(r'data-verdict="(\w+)"', page)) == {"found", "false", "missed"}
     assert "refused, test.jsonl line 5: image missing" in page
     assert "could not be scored, DynaMath:3: row has the step" in page
+    # Marks and words beside the colours, three decimals, and pictures with their dimensions.
+    assert page.count("✗ false alarm") == 1 and page.count("✓ first error found") == 1 and page.count(">0.900<") == 3
+    assert page.count('<span class="wrong">missed</span>') == page.count('<span class="wrong">false alarm</span>') == 1
+    assert re.findall(r'(width="\d+" height="\d+")', page)[0] == 'width="400" height="267"' and "lazy" not in page
     # A rule of CSS for each filter.
     assert page.count("main:has(#source-") == 2 and page.count("main:has(#verdict-") == 3
+
+
+def test_the_worst_are_those_that_are_judged_worst(folder):
+    """A wrong verdict first, then steps on the wrong side of the threshold; scores on the right side are never worst."""
+    unsure = {f"right {number}": 0.51 for number in range(40)}  # far from the label, but judged rightly
+    items = [
+        {"id": f"a:{name}", "source": "a", "group": name, "images": [], "prompt": "?", "completions": steps,
+         "labels": labels, "policy_model": None}
+        for name, steps, labels in [
+            *[(name, [name], [1]) for name in unsure],
+            ("missed", ["good", "so-so"], [1, -1]),
+            ("late", ["bad", "good", "good"], [-1, -1, -1]),
+            ("false", ["good", "good", "good", "bad"], [1, 1, 1, 1]),
+        ]
+    ]  # fmt: skip
+    benchmark = Benchmark("", items, [])
+    evaluate_model(Table(SCORES | unsure), benchmark, 0.5, output_dir=folder / "results")
+    page = write_report(folder / "results", benchmark, "tiny")[1].read_text()
+    cards = re.findall(r"<article.*?</article>", page, flags=re.DOTALL)
+    worst = [re.search(r'dir="auto">a:(.*?)<', card).group(1) for card in cards if "among the worst judged" in card]
+    assert worst == ["missed", "false", "late"] and len(cards) == 43
+    assert "2 of 3 steps judged wrongly" in cards[2]
+
+
+def test_the_worst_questions_are_those_where_a_correct_answer_lost(candidates):
+    benchmark = read_benchmark(candidates, name="best-of-n")
+    output = candidates.parent / "results"
+    with pytest.warns(UserWarning, match="could not be scored"):
+        evaluate_model(Table({"good": 0.1, "so-so": 0.2, "bad": 0.9}), benchmark, output_dir=output)
+    page = write_report(output, benchmark, "tiny")[1].read_text()
+    cards = re.findall(r"<article.*?</article>", page, flags=re.DOTALL)
+    assert ["among the worst judged" in card for card in cards] == ["✗ wrong answer" in card for card in cards]
+    assert sum("among the worst judged" in card for card in cards) == 2
 
 
 def test_page_is_bounded(folder):  # noqa: F811

@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib import resources
 
 import numpy as np
 import pytest
+from colour_vision import VISION, contrast, distance
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -103,7 +105,8 @@ def test_page_tells_what_the_report_tells(tmp_path, rule):
     assert counts == {**{name: total[name] for name in ("read", "valid", "kept")}, "refused": 6}
     for name, row in report["sources"].items():
         assert re.search(
-            rf"{re.escape(name)}\s*{row['read']}\s*{3}\s*{row['valid']}\s*{row['kept']}\s*{row['kept'] / row['valid']:.1%}",
+            rf"{re.escape(name)}\s*{row['before']['mixed_share']:.1%}\s*{row['mixed_share']:.1%}\s*{row['read']}\s*{3}"
+            rf"\s*{row['valid']}\s*{row['kept']}\s*{row['kept'] / row['valid']:.1%}",
             page.text,
         )
         assert re.search(rf"{row['ties_at_cut']}\s*{row['ties_kept']}\s", page.text)
@@ -129,6 +132,44 @@ def test_page_of_one_cut_for_the_whole_corpus(tmp_path):
     assert "of a source" not in page.text and "that of every source" not in page.text
     assert int(page.ids["kept"]) == report["total"]["kept"] == 30
     assert report["total"]["cut_score"] in [row["cut_score"] for row in report["sources"].values()]
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_good_and_bad_can_be_told_apart(vision):
+    """In both modes; what is text has the contrast of WCAG 2.2, level AA."""
+    style = resources.files("trl_mprm").joinpath("templates", "page.css").read_text()
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})\b", part)) for part in style.split("@media")[:2])
+    for colours in (light | {"card": "#ffffff"}, light | dark):
+        for one, two in (("good", "bad"), ("good", "mid"), ("mid", "bad"), ("kept", "left")):
+            assert distance(colours[one], colours[two], vision) > 0.15, (one, two)
+        for ink, ground in (("good-ink", "card"), ("bad-ink", "card"), ("soft", "card"), ("on-bad", "bad")):
+            assert contrast(colours[ink], colours[ground]) > 4.5, (ink, ground)
+
+
+def test_steps_have_marks_and_three_decimals_beside_their_colour(tmp_path):
+    text, _ = make_page(tmp_path, "--fraction", "0.25")
+    steps = re.findall(
+        r'<span class="label[^>]*>(.)</span><span class="text"[^>]*>[^<]*</span><data[^>]*>(.*?)<', text
+    )
+    assert {number for _, number in steps} == {"0.000", "0.250", "0.500", "0.750", "1.000"}
+    assert all((mark == "✗") == (number == "0.000") for mark, number in steps)
+
+
+def test_page_shows_thumbnails(tmp_path):
+    """Of the pictures of the rollouts to read, with their dimensions; a rollout without pictures has none."""
+    (tmp_path / "in" / "images").mkdir(parents=True)
+    Image.effect_noise((900, 600), 80).save(tmp_path / "in" / "images" / "a.png")
+    steps = [{"step": "a", "score": 1.0}, {"step": "b", "score": 0.0}]
+    rows = [{"question": "?", "steps_with_score": steps, "image": image} for image in (["images/a.png"] * 3, [])]
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["select", str(tmp_path / "in"), "--fraction", "1", "--output", str(tmp_path / "out")]
+    assert main([*argv, "--report", str(tmp_path / "report.html")]) == 0
+    page = Page((tmp_path / "report.html").read_text())
+    pictures = [value for name, value in page.attributes if name == "src"]
+    assert page.tags.count("img") == 2 and "3 images" in page.text  # two are shown
+    assert all(source.startswith("data:image/jpeg;base64,") and len(source) < 20_000 for source in pictures)
+    assert {("width", "160"), ("height", "107")} <= set(page.attributes)
+    assert str(tmp_path) not in (tmp_path / "report.html").read_text()
 
 
 def test_page_needs_nothing_and_runs_nothing(tmp_path):
@@ -221,18 +262,25 @@ def test_page_in_a_browser(tmp_path):
     picture = Image.open(tmp_path / "page.png").convert("RGB")
     colours = [colour for count, colour in picture.getcolors(2**24) if count > 200]
     assert picture.size == (900, 3000) and len(colours) >= 8
-    # blue of the kept bars, and green and red of the steps, each on a spot of its own
-    pixels = np.asarray(picture).astype(int)
-    for channel in (0, 1, 2):
-        others = [other for other in (0, 1, 2) if other != channel]
-        assert (pixels[..., channel] > pixels[..., others].max(axis=-1) + 40).sum() > 300
+    # the blue of what is kept and of good steps, the amber of bad ones
+    for colour in ((0, 114, 178), (230, 159, 0)):
+        assert (np.asarray(picture) == colour).all(axis=-1).sum() > 300
     # an outer page measures the inner one, on a desk and on a telephone
-    for width in (900, 400):
+    for width, shown in ((900, "on-wide"), (400, "on-narrow")):
         frame = f'<iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe><p></p>'
         measure = "const page = document.querySelector('iframe').contentDocument.documentElement;"
-        measure += "document.querySelector('p').textContent = page.scrollWidth + ' of ' + page.clientWidth"
+        measure += "const charts = [...page.querySelectorAll('svg')].filter(chart => chart.clientWidth);"
+        measure += "const size = charts.map(chart => chart.clientWidth / chart.viewBox.baseVal.width);"
+        measure += "const first = page.querySelector('.scroll th'), at = first.getBoundingClientRect().left;"
+        measure += "page.querySelector('.scroll').scrollLeft = 80;"
+        measure += (
+            "const stays = first.getBoundingClientRect().left === at, classes = charts.map(chart => chart.classList);"
+        )
+        measure += "document.querySelector('p').textContent = [page.scrollWidth, page.clientWidth, classes.join('+'), "
+        measure += "12 * Math.min(...size), stays].join(' ')"
         (tmp_path / "outer.html").write_text(f"<!DOCTYPE html>{frame}<script>onload = () => {{{measure}}}</script>")
         command = [BROWSER, *flags, "--allow-file-access-from-files", "--dump-dom", (tmp_path / "outer.html").as_uri()]
         run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        inner, outer = map(int, re.search(r"<p>(\d+) of (\d+)</p>", run.stdout).groups())
-        assert inner <= outer <= width
+        inner, outer, charts, letters, stays = re.search(r"<p>(.*)</p>", run.stdout).group(1).split(" ")
+        assert int(inner) <= int(outer) <= width and charts == f"{shown}+{shown}"
+        assert float(letters) > 9 and stays == "true"  # pixels of the charts' text; the first column

@@ -9,9 +9,7 @@ The page shows the overall figures, the sources, calibration, and single solutio
 step with its score in colour beside the human label, the first error marked. Filters by source and verdict are pure CSS.
 """
 
-import base64
 import hashlib
-import io
 from collections.abc import Sequence
 from math import ceil
 from statistics import median
@@ -21,12 +19,11 @@ import numpy as np
 
 from ..cards.measures import MEASURES
 from ..data.aggregates import AGGREGATES
-from ..data.images import open_image
-from ..pages import colour, render_page
+from ..pages import colour, render_page, thumbnail
 from ..text import plain
 from .benchmarks import Benchmark
 from .step_counts import CALIBRATION_BINS, calibration_bins
-from .tasks import Task
+from .tasks import GOOD_VERDICTS, Task, misjudged_step
 
 
 MAX_CARDS = 60
@@ -53,8 +50,6 @@ VERDICTS = {
     "wrong": "wrong answer",
 }
 
-GOOD_VERDICTS = ("found", "clean", "correct")
-
 
 def evaluation_page(
     benchmark: Benchmark, records: Sequence[dict[str, Any]], results: dict[str, Any], model_name: str
@@ -73,8 +68,10 @@ def evaluation_page(
             Name of the model.
 
     Returns:
-        `str`: HTML. At most 60 questions are shown, the same number from each source: half are the worst judged, half
-        are drawn by a hash of their name. Pictures are embedded thumbnails.
+        `str`: HTML. At most 60 questions are shown, the same number from each source: up to half are the worst judged
+        (first those with a wrong verdict, then by the share of steps on the wrong side of the threshold, then by the
+        distance of the scores from the labels), the others are drawn by a hash of their name. Pictures are embedded
+        thumbnails.
     """
     items = {item["id"]: item for item in benchmark.items}
     task = benchmark.entry.task
@@ -117,11 +114,11 @@ def _cards(pairs: list[tuple[dict, dict]], task: Task, threshold: float | None) 
     each = max(1, MAX_CARDS // max(1, len(questions)))
     cards = []
     for source in sorted(questions):
-        distance = {
-            name: sum(task.misjudged(record) for _, record in own) / len(own)
-            for name, own in questions[source].items()
+        misjudged = {
+            name: task.misjudged([record for _, record in own], threshold) for name, own in questions[source].items()
         }
-        worst = sorted(distance, key=lambda name: -distance[name])[: each // 2]
+        wrong = [name for name, (_, share, _) in misjudged.items() if share > 0]
+        worst = sorted(wrong, key=misjudged.__getitem__, reverse=True)[: each // 2]
         rest = [name for name in questions[source] if name not in worst]
         drawn = sorted(rest, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[: each - len(worst)]
         for name in [*worst, *drawn]:
@@ -138,7 +135,7 @@ def _card(pairs: list[tuple[dict, dict]], worst: bool, task: Task, threshold: fl
         "source": item["source"],
         "policy_model": plain(str(item.get("policy_model") or ""), MAX_TEXT),
         "prompt": plain(item["prompt"], MAX_TEXT),
-        "images": [_thumbnail(path) for path in item["images"][:MAX_IMAGES]],
+        "images": [thumbnail(path, THUMBNAIL) for path in item["images"][:MAX_IMAGES]],
         "more_images": max(0, len(item["images"]) - MAX_IMAGES),
         "worst": worst,
         "solutions": solutions[:MAX_SOLUTIONS],
@@ -159,10 +156,13 @@ def _solution(item: dict[str, Any], record: dict[str, Any], task: Task, threshol
             "colour": colour(score),
             "first_error": bool(wrong) and index == wrong[0],
             "reported": index in below,
+            "misjudged": misjudged_step(label, score, threshold),
         }
         for index, (text, label, score) in enumerate(zip(item["completions"], labels, scores, strict=True))
     ]
     return {
+        "n_labelled": sum(label != 0 for label in labels),
+        "n_misjudged": sum(step["misjudged"] is not None for step in steps),
         "steps": steps[:MAX_STEPS],
         "more_steps": max(0, len(steps) - MAX_STEPS),
         "verdict": task.verdict(record, [index for index in below if labels[index] != 0]),
@@ -187,15 +187,3 @@ def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "top": ceil(10 * max(0.1, *shares["correct"], *shares["incorrect"])) / 10,
         "width": 1 / CALIBRATION_BINS,
     }
-
-
-def _thumbnail(path: str) -> str | None:
-    """A thumbnail as a data URI of some ten kilobytes at most; `None` if the file has become unreadable."""
-    try:
-        canvas = open_image(path)
-    except ValueError:
-        return None
-    canvas.thumbnail((THUMBNAIL, THUMBNAIL))
-    data = io.BytesIO()
-    canvas.save(data, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -14,6 +14,8 @@ from .tables import measure_rows, table_rows
 
 Record = dict[str, Any]  # a line of scores.jsonl
 
+GOOD_VERDICTS = ("found", "clean", "correct")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -34,7 +36,8 @@ class Task:
         card_of (`str`):
             The key of a record by which the page groups records into cards.
         misjudged (`Callable`):
-            Measures how far the scores of a record are from the truth.
+            Maps `(records of a card, threshold)` to how it is judged: whether the verdict is wrong, the share of wrong
+            judgments, the mean distance of the scores from the truth. The largest is the worst.
         verdict (`Callable`):
             Maps `(record, labelled steps below the threshold)` to a verdict, a key of the page's `VERDICTS`.
     """
@@ -45,7 +48,7 @@ class Task:
     tables: tuple[Callable[[dict[str, Any]], list[list[str]]], ...]
     source_columns: tuple[tuple[str, str], ...]
     card_of: str
-    misjudged: Callable[[Record], float]
+    misjudged: Callable[[Sequence[Record], float | None], tuple[bool, float, float]]
     verdict: Callable[[Record, list[int]], str]
 
 
@@ -63,11 +66,36 @@ def _measure_steps(records: Sequence[Record], threshold: float | str, **kwargs: 
     return step_metrics(*columns, threshold=threshold, **kwargs)
 
 
-def _distance_of_steps(record: Record) -> float:
-    """Mean distance of scores from labels."""
-    steps = zip(record["labels"], record["scores"], strict=True)
-    distances = [abs((label == 1) - score) for label, score in steps if label != 0]
-    return sum(distances) / len(distances) if distances else 0.0
+def _misjudged_solution(records: Sequence[Record], threshold: float) -> tuple[bool, float, float]:
+    """
+    Whether the first error is missed or seen elsewhere, the share of labelled steps on the wrong side of the threshold,
+    and the mean distance of scores from labels.
+    """
+    (record,) = records
+    pairs = [(label, score) for label, score in zip(record["labels"], record["scores"], strict=True) if label != 0]
+    steps = enumerate(zip(record["labels"], record["scores"], strict=True))
+    below = [index for index, (label, score) in steps if label != 0 and score < threshold]
+    wrong = [misjudged_step(label, score, threshold) is not None for label, score in pairs]
+    distances = [abs((label == 1) - score) for label, score in pairs]
+    share, distance = (sum(wrong) / len(pairs), sum(distances) / len(pairs)) if pairs else (0.0, 0.0)
+    return _verdict_on_steps(record, below) not in GOOD_VERDICTS, share, distance
+
+
+def misjudged_step(label: int, score: float, threshold: float | None) -> str | None:
+    """
+    Say in what way a step is judged wrongly: `missed` or `false alarm`; `None` if it is not, or cannot be.
+
+    Examples:
+    ```python
+    >>> from trl_mprm.evaluation.tasks import misjudged_step
+    >>> [misjudged_step(label, score, 0.5) for label, score in ((1, 0.9), (1, 0.2), (-1, 0.9), (0, 0.2))]
+    [None, 'false alarm', 'missed', None]
+
+    ```
+    """
+    if threshold is None or label == 0 or (label == 1) == (score >= threshold):
+        return None
+    return "false alarm" if label == 1 else "missed"
 
 
 def _verdict_on_steps(record: Record, below: list[int]) -> str:
@@ -94,7 +122,7 @@ STEP_CORRECTNESS = Task(
         ("first error", "first_error_accuracy"),
     ),
     card_of="id",
-    misjudged=_distance_of_steps,
+    misjudged=_misjudged_solution,
     verdict=_verdict_on_steps,
 )
 
@@ -108,6 +136,14 @@ def _measure_choice(records: Sequence[Record], threshold: float | str, **kwargs:
     whole = [record for record in records if record["group"] not in failed]
     columns = ([record[key] for record in whole] for key in ("correct", "scores", "group", "source"))
     return best_of_n_metrics(*columns, **kwargs)
+
+
+def _misjudged_choice(records: Sequence[Record], threshold: None) -> tuple[bool, float, float]:
+    """Whether a wrong answer is ranked above a correct one, and the mean distance of mean scores from the truth."""
+    means = [AGGREGATES["mean"](record["scores"]) for record in records]
+    correct = [record["correct"] for record in records]
+    wrong = any(correct) and not correct[means.index(max(means))]
+    return wrong, float(wrong), sum(abs(mean - right) for mean, right in zip(means, correct, strict=True)) / len(means)
 
 
 def _candidates(metrics: dict[str, Any]) -> str:
@@ -130,6 +166,6 @@ BEST_OF_N = Task(
         ("perfect", "pass_at_n"),
     ),
     card_of="group",
-    misjudged=lambda record: abs(AGGREGATES["mean"](record["scores"]) - record["correct"]),
+    misjudged=_misjudged_choice,
     verdict=lambda record, below: "correct" if record["correct"] else "wrong",
 )

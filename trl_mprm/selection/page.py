@@ -8,20 +8,25 @@ read and kept (the summaries of the passes), and a few rollouts to read:
     4,083 rollouts of 5 steps, 5 positive, sum 5.0, of them 310 kept; 12 of 4 steps, 2 positive, sum 1.5, all kept; ...
     {"rollout_id": "Geometry3K:0", "prompt": "Find x.", "completions": ["x = 5."], "mc_scores": [0.125], ...}
 
-The page shows the distribution of BIS; mixture p_pos (1 - p_pos) against reliability R, the kept region shaded; the kept
-share, the cut and its ties by source; kept and dropped rollouts with their steps coloured by Monte Carlo score. Charts
-are inline SVG. The scatter is a histogram of at most 520 cells, so ten million rollouts make no larger page than ten.
+The page shows the distribution of BIS; mixture p_pos (1 - p_pos) against reliability R, the kept region shaded; the
+share of mixed rollouts before and after, the cut and its ties by source; kept and dropped rollouts with their pictures
+and their steps coloured by Monte Carlo score. Charts are inline SVG, each in a wide version and in one for phones. The
+scatter is a histogram of at most 520 cells, so ten million rollouts make no larger page than ten.
 """
 
+import os
 from math import log, log10
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..data.formats import parse, to_row
 from ..data.hub import public_name
-from ..data.rows import image_list, own_text
+from ..data.images import ImageFinder, find_images
+from ..data.rows import Refused, image_list, own_text
 from ..data.shards import Shard, lines_at
-from ..pages import colour, render_page
+from ..pages import colour, render_page, thumbnail
 from ..text import plain
 from .bis import score_of_sums
 from .engine import LocalRun
@@ -31,13 +36,26 @@ from .summary import Scores, Summary, reason_of_kinds
 from .threshold import Cut, kept_rows
 
 
-# Sizes of the two charts, in SVG units.
-WIDTH, HISTOGRAM_HEIGHT, REGION_HEIGHT = 780, 220, 400
+class Size(NamedTuple):
+    """The size of both charts in SVG units, and the most labels on an axis."""
+
+    name: str
+    width: int
+    histogram_height: int
+    region_height: int
+    left: int  # room for the labels of the vertical axis
+    labels: int
+
+
+# The text of a chart has the same size in both, and a phone shows 350 units at about their size.
+SIZES = (Size("on-wide", 780, 220, 400, 72, 12), Size("on-narrow", 270, 170, 260, 66, 5))
 
 BINS, MIXTURE_CELLS, RELIABILITY_CELLS = 60, 26, 20
 
 # Limits for a corpus with many sources, and for a long rollout.
-N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP = 10, 100, 400, 10, 300
+N_EXAMPLES, MAX_SOURCES, MAX_PROMPT, MAX_STEPS, MAX_STEP, MAX_IMAGES = 10, 100, 400, 10, 300, 2
+
+THUMBNAIL = 160  # pixels on the longer side
 
 
 def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut, run: LocalRun) -> str:
@@ -54,7 +72,7 @@ def draw_selection_report(report: dict, valid: Summary, kept: Summary, cut: Cut,
         for shard, *which in draw(values, numbers, N_EXAMPLES, report["seed"]):
             wanted.setdefault(shard, []).append((name, *which))
             drawn.append((shard, len(wanted[shard]) - 1))
-    rows = run.map(read_examples, cut, wanted)
+    rows = run.map(read_examples, cut, wanted, run.image_root)
     examples = {name: [rows[shard][number] for shard, number in drawn] for name, drawn in order.items()}
     return render_selection_report(report, valid, kept, examples, cut.spec.alpha, cut.check_images)
 
@@ -76,7 +94,7 @@ def render_selection_report(
         valid, kept ([`~trl_mprm.selection.summary.Summary`]):
             Summaries of the rollouts that were read, and of those that were kept.
         examples (`dict`):
-            Rows to show as `kept` and as `dropped`, see [`example_rows`].
+            Rows to show as `kept` and as `dropped`, see [`read_examples`].
         alpha (`float`):
             The paper's alpha, for the distribution of BIS (the report of a rule other than `bis` has none).
         check_images (`bool`, *optional*, defaults to `True`):
@@ -101,7 +119,6 @@ def render_selection_report(
     """
     columns = [_kinds(some, alpha, check_images) for some in (valid, kept)]
     sources = _largest_sources(report)
-    shares = [row["kept"] / max(row["valid"], 1) for row in report["sources"].values()]
     return render_page(
         "selection_report.html",
         report=report,
@@ -110,16 +127,10 @@ def render_selection_report(
         inputs=[public_name(item) for item in report["inputs"]],
         warning=all_wrong_warning(report),
         alpha=alpha,
-        histogram=_bis_histogram(*columns, alpha),
-        cells=_mixture_cells(*columns),
-        region=_kept_region(report, alpha),
+        charts=[_charts(size, columns, report, alpha) for size in SIZES],
         cuts=_cuts(sources) if rule_of_report(report).of_bis else [],
         sources=sources,
-        widest=max(report["fraction"], *shares),
         examples={name: [_example(row) for row in rows] for name, rows in examples.items()},
-        width=WIDTH,
-        histogram_height=HISTOGRAM_HEIGHT,
-        region_height=REGION_HEIGHT,
     )
 
 
@@ -177,7 +188,11 @@ def bis_counts(shard: Shard, scores: Scores, cut: Cut) -> dict[str, tuple[np.nda
 
 
 def read_examples(
-    shard: Shard, scores: Scores, cut: Cut, wanted: dict[int, list[tuple[str, float, int]]]
+    shard: Shard,
+    scores: Scores,
+    cut: Cut,
+    wanted: dict[int, list[tuple[str, float, int]]],
+    image_root: str | os.PathLike | None,
 ) -> list[dict]:
     """Read the wanted rows of a shard: `(name, bis, k)` is the k-th `kept` or `dropped` rollout with that BIS."""
     if shard.index not in wanted:
@@ -187,7 +202,8 @@ def read_examples(
     ordered = np.unique(numbers)
     lines = (line for line, _ in lines_at(shard, ordered, scores.length))
     lines = dict(zip(ordered.tolist(), lines, strict=True))
-    return [_read(scores, cut, number, lines[number]) for number in numbers]
+    finder = ImageFinder(Path(shard.file).parent if image_root is None else image_root)
+    return [_read(scores, cut, number, lines[number], finder) for number in numbers]
 
 
 def _bis_of_lines(scores: Scores, cut: Cut) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -199,18 +215,36 @@ def _bis_of_lines(scores: Scores, cut: Cut) -> tuple[np.ndarray, dict[str, np.nd
     return bis, {"kept": kept, "dropped": np.setdiff1d(np.flatnonzero(~np.isnan(bis)), kept)}
 
 
-def _read(scores: Scores, cut: Cut, number: int, line: bytes) -> dict:
+def _read(scores: Scores, cut: Cut, number: int, line: bytes, finder: ImageFinder) -> dict:
     kind, record = scores.kinds[scores.kind[number]], parse(line)
     columns = score_of_sums(*(float(kind[name]) for name in ("n_steps", "n_pos", "mc_sum")), cut.spec.alpha)
     return {
         "rollout_id": own_text(record, "rollout_id") or f"{scores.source}:{cut.first_line[scores.shard] + number}",
         "n_images": len(image_list(record)),
+        "thumbnails": _thumbnails(record, finder) if cut.check_images else [],
         **to_row(record, scores.drop_answer_step),
         **{name: float(value) for name, value in columns.items()},
     }
 
 
+def _thumbnails(record: dict, finder: ImageFinder) -> list[dict | None]:
+    try:
+        images = find_images(record, finder)
+    except Refused:  # the file was there when the row was scored
+        return []
+    return [thumbnail(image, THUMBNAIL) for image in images[:MAX_IMAGES]]
+
+
 # ---- geometry: numbers in, coordinates of the SVG out
+
+
+def _charts(size: Size, columns: list[dict[str, np.ndarray]], report: dict, alpha: float) -> dict:
+    return {
+        "size": size,
+        "histogram": _bis_histogram(*columns, alpha, size),
+        "cells": _mixture_cells(*columns, size),
+        "region": _kept_region(report, alpha, size),
+    }
 
 
 def _log_height(count: float, top: float, height: float) -> float:
@@ -218,36 +252,37 @@ def _log_height(count: float, top: float, height: float) -> float:
     return height * log(1 + count) / log(1 + top)
 
 
-def _bis_histogram(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray], alpha: float) -> dict:
+def _bis_histogram(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray], alpha: float, size: Size) -> dict:
+    height = size.histogram_height
     highest = 0.25 + alpha  # (p (1 - p) + alpha) R is largest at p = 1/2, R = 1
     edges = np.linspace(0, highest, BINS + 1)
     counts, counts_kept = (
         np.histogram(part["bis"], edges, weights=part["count"])[0].astype(int) for part in (valid, kept)
     )
-    top, step = max(int(counts.max()), 1), WIDTH / BINS
+    top, step = max(int(counts.max()), 1), size.width / BINS
     bars = [
         {
             "x": round(index * step, 2),
-            "width": round(step - 1.5, 2),
-            "height": round(_log_height(counts[index], top, HISTOGRAM_HEIGHT), 2),
-            "height_kept": round(_log_height(counts_kept[index], top, HISTOGRAM_HEIGHT), 2),
+            "width": round(0.85 * step, 2),
+            "height": round(_log_height(counts[index], top, height), 2),
+            "height_kept": round(_log_height(counts_kept[index], top, height), 2),
             "title": f"BIS {edges[index]:.3f} to {edges[index + 1]:.3f}: {counts[index]:,} rollouts, "
             f"{counts_kept[index]:,} kept",
         }
         for index in np.flatnonzero(counts)
     ]
-    spacing = next(step for step in (0.05, 0.1, 0.25, 0.5, 1.0, highest) if highest / step <= 12)
+    spacing = next(step for step in (0.05, 0.1, 0.25, 0.5, 1.0, highest) if highest / step <= size.labels)
     return {
         "bars": bars,
-        "ticks_x": [(round(x / highest * WIDTH, 2), f"{x:.4g}") for x in np.arange(0, highest + 1e-9, spacing)],
+        "ticks_x": [(round(x / highest * size.width, 2), f"{x:.4g}") for x in np.arange(0, highest + 1e-9, spacing)],
         "ticks_y": [
-            (round(HISTOGRAM_HEIGHT - _log_height(10**power, top, HISTOGRAM_HEIGHT), 2), f"{10**power:,}")
+            (round(height - _log_height(10**power, top, height), 2), f"{10**power:,}")
             for power in range(int(log10(top)) + 1)
         ],
     }
 
 
-def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> list[dict]:
+def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray], size: Size) -> list[dict]:
     edges = np.linspace(0, 0.25, MIXTURE_CELLS + 1), np.linspace(0, 1, RELIABILITY_CELLS + 1)
     counts, counts_kept = (
         np.histogram2d(
@@ -255,7 +290,7 @@ def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) ->
         )[0].astype(int)
         for part in (valid, kept)
     )
-    step_x, step_y = WIDTH / MIXTURE_CELLS, REGION_HEIGHT / RELIABILITY_CELLS
+    step_x, step_y = size.width / MIXTURE_CELLS, size.region_height / RELIABILITY_CELLS
     top = max(int(counts.max(initial=0)), 2)
     cells = []
     for column, row in zip(*np.nonzero(counts), strict=True):
@@ -264,7 +299,7 @@ def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) ->
         cells.append(
             {
                 "x": round((column + 0.5) * step_x - side / 2, 1),
-                "y": round(REGION_HEIGHT - (row + 0.5) * step_y - side / 2, 1),
+                "y": round(size.region_height - (row + 0.5) * step_y - side / 2, 1),
                 "side": round(side, 1),
                 "share": round(100 * n_kept / count),
                 "title": f"mixture {edges[0][column]:.3f} to {edges[0][column + 1]:.3f}, R {edges[1][row]:.2f} to "
@@ -274,7 +309,7 @@ def _mixture_cells(valid: dict[str, np.ndarray], kept: dict[str, np.ndarray]) ->
     return cells
 
 
-def _kept_region(report: dict, alpha: float) -> list[str]:
+def _kept_region(report: dict, alpha: float, size: Size) -> list[str]:
     """Paths of the regions above the lowest and the highest cut of the sources; empty for a rule without such a cut."""
     cuts, lowest_reliability = _cuts(report["sources"]), rule_of_report(report).lowest_reliability
     if not cuts or lowest_reliability is None:
@@ -284,7 +319,9 @@ def _kept_region(report: dict, alpha: float) -> list[str]:
     for cut in sorted({cuts[0], cuts[-1]}):
         lowest = lowest_reliability(mixture, cut, alpha)
         points = [*zip(mixture, lowest, strict=True), (0.25, 1), (0, 1)]
-        paths.append("M" + "L".join(f"{m / 0.25 * WIDTH:.1f} {(1 - r) * REGION_HEIGHT:.1f}" for m, r in points) + "Z")
+        paths.append(
+            "M" + "L".join(f"{m / 0.25 * size.width:.1f} {(1 - r) * size.region_height:.1f}" for m, r in points) + "Z"
+        )
     return paths
 
 
