@@ -13,7 +13,8 @@ from helpers import make_rows, picture
 import trl_mprm
 from trl_mprm import ProcessRewardConfig, ProcessRewardModel
 from trl_mprm.cli import main
-from trl_mprm.cli.preflight import check_train, train_fields
+from trl_mprm.cli.fields import train_fields
+from trl_mprm.cli.preflight import check_train
 from trl_mprm.cli.train import DataArguments
 
 
@@ -253,6 +254,20 @@ MISTAKES = [
     (["--config", "good.yaml", "--image_root", "pictures"], "image_root: no such file or folder: pictures"),
     (["--config", "good.yaml", "--report_to", "mlflow"], "report_to: mlflow is not installed: install it, or set"),
     (["--config", "good.yaml", "--resume_from_checkpoint", "none"], "resume_from_checkpoint: no folder none"),
+    (["--loss_type", "hrad"], "loss_type is 'hrad', expected one of hard, soft, beta_binomial; did you mean hard?"),
+    (
+        ["--config", "choice.yaml"],
+        "overlong is 'drop', expected one of error, drop_steps, drop_row; did you mean drop_row?",
+    ),
+    (
+        ["--config", "no.yaml"],
+        "save_strategy is False, expected one of no, steps, epoch, best; YAML reads no as false",
+    ),
+    (["--optim=adamw"], "optim is 'adamw', expected one of those that `trl-mprm train --help` lists; did you mean "),
+    (["--lr_scheduler_type", "cosin"], "lr_scheduler_type is 'cosin', expected one of linear, cosine, "),
+    (["--config", "good.yaml", "--rule", "bsi"], "rule must be one of bis, random, "),
+    (["--config", "good.yaml", "--fraction", "10"], "fraction must be above 0 and at most 1"),
+    (["--config", "good.yaml", "--fraction", "a tenth"], "fraction is 'a tenth', expected a number"),
     (["--config", "good.yaml", "--alpha", "0.1"], "alpha belongs to a selection: set rule (as bis) or fraction"),
 ]
 
@@ -262,6 +277,8 @@ def test_a_mistake_is_told_in_one_line_before_torch_is_imported(tmp_path):
         "typo": "lora_rr: 8",
         "broken": "a: [1\nb: 2",
         "list": "- a",
+        "choice": "overlong: drop",
+        "no": "save_strategy: no",
         "good": "model_name_or_path: org/name\ndataset_name: org/rows",
     }
     for name, text in files.items():
@@ -288,10 +305,20 @@ def test_a_mistake_is_told_in_one_line_before_torch_is_imported(tmp_path):
 
 
 def test_the_fields_of_a_training_are_those_of_its_classes():
-    from trl import ModelConfig
+    from trl import ModelConfig, TrlParser
 
     classes = (DataArguments, ProcessRewardConfig, ModelConfig)
-    assert train_fields() == {field.name for one in classes for field in dataclasses.fields(one) if field.init}
+    fields = [field for one in classes for field in dataclasses.fields(one) if field.init]
+    assert train_fields().keys() == {field.name for field in fields}
+    for field in fields:
+        ours = train_fields()[field.name]
+        assert ours.help == field.metadata.get("help", "")
+        assert ours.default in (None, field.default)
+    for action in TrlParser(classes)._actions:
+        if action.choices and not action.dest.startswith("log_level"):  # their names are made when transformers runs
+            assert train_fields()[action.dest].choices == tuple(
+                str(getattr(one, "value", one)) for one in action.choices
+            )
     good = [
         "--no_bf16",
         "--learning-rate=1e-3",

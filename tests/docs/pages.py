@@ -263,9 +263,7 @@ def check_bash(text: str) -> None:
     if checked.returncode:
         raise ValueError(checked.stderr)
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True  # else the colon of an address ends a word
-        words = list(lexer)
+        words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
         for word in words:
             if word.startswith(("recipes/", "trl_mprm/")) and not (ROOT / word).exists():
                 raise FileNotFoundError(word)

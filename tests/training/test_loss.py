@@ -108,7 +108,6 @@ def test_a_new_loss_is_one_entry(tiny_folders, tmp_path, monkeypatch):
         return row["labels"], {"sure": row["sure"]}
 
     squared = StepLoss(
-        help="squared error of the score, weighted by the column sure",
         losses=lambda logits, targets, columns, config: (
             columns["sure"] * ((logits[:, 0] - logits[:, 1]).sigmoid() - targets) ** 2
         ),

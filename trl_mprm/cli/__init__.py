@@ -7,6 +7,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..text import one_line
+from .arguments import Help, filled, told_examples
 
 
 # Command: its module. Only the one that is asked for is imported: `select` of a few files is done before others are.
@@ -14,6 +15,17 @@ COMMANDS = {
     name: name
     for name in ("select", "annotate", "train", "score", "evaluate", "serve", "card", "convert", "recipes", "demo")
 } | {"export": "serve"}
+
+
+EXAMPLES = [
+    ("Keep the rollouts worth training on", "trl-mprm select rollouts --output kept"),
+    (
+        "Train on them",
+        "trl-mprm train --dataset_name kept --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct \\\n"
+        "  --output_dir runs/my-prm",
+    ),
+    ("Score solutions", "trl-mprm score runs/my-prm solutions.jsonl --output scored.jsonl"),
+]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +59,15 @@ def main(argv: list[str] | None = None) -> int:
 def _parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands; of one alone, where it is named."""
     parser = argparse.ArgumentParser(
-        "trl-mprm", description="Multimodal process reward models on the Hugging Face stack"
+        "trl-mprm",
+        description=filled(
+            "Select rollouts, train a multimodal process reward model on them, score, evaluate and serve it."
+        ),
+        epilog=told_examples(EXAMPLES) + "\n\ntrl-mprm COMMAND --help shows the options of a command, and examples.",
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(
-        required=True,
-        metavar="select | annotate | train | score | evaluate | serve | export | card | convert | recipes | demo",
-    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values()):
         import_module(f".{module}", __name__).add_parser(commands)
     return parser

@@ -3,40 +3,122 @@
 import argparse
 from pathlib import Path
 
-from .arguments import ShowDefaults, print_table
+from .arguments import add_command, print_table
+
+
+EXAMPLES = [
+    (
+        "Let a model behind an OpenAI-compatible server annotate your questions",
+        "trl-mprm annotate questions.jsonl --policy http://127.0.0.1:8000 --output annotated.jsonl",
+    ),
+    (
+        "Load the model in this process, with 8 continuations per step",
+        "trl-mprm annotate questions.jsonl --policy Qwen/Qwen2.5-VL-7B-Instruct --n 8 \\\n"
+        "  --output annotated.parquet",
+    ),
+    (
+        "Spend continuations only on solutions that a selection of 10% can keep",
+        "trl-mprm annotate questions.jsonl --policy http://127.0.0.1:8000 --budget bis --fraction 0.1 \\\n"
+        "  --output annotated.jsonl",
+    ),
+]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser(
-        "annotate", help="score the steps of rollouts by Monte Carlo", formatter_class=ShowDefaults
+    command = add_command(
+        commands,
+        "annotate",
+        annotate,
+        "score the steps of solutions by Monte Carlo sampling",
+        "Score each step of a solution: let a model continue from it several times, and count how many of these "
+        "continuations reach the right answer. Questions without a solution are solved first. A run that was interrupted "
+        "continues where it stopped when you give the same command again.",
+        EXAMPLES,
     )
-    command.set_defaults(command=annotate)
     command.add_argument(
-        "input", nargs="+", help="folder, *.jsonl or *.parquet of questions or rollouts, with answers"
+        "input", nargs="+", help="questions with answers, with or without solutions: a folder, *.jsonl or *.parquet"
     )
     command.add_argument(
-        "--policy", required=True, help="model, or URL of an OpenAI-compatible server, that continues"
+        "--policy",
+        required=True,
+        help="the model that continues the solutions: a Hub id, a folder, or the URL of an OpenAI-compatible server",
     )
-    command.add_argument("--output", required=True, help="*.jsonl or *.parquet")
-    command.add_argument("--format", default="rows", choices=["rows", "visualprm-raw"], help="of the output")
-    command.add_argument("--second", help="another policy, or a process reward model as a judge: adds `agreement`")
-    command.add_argument("--checker", default="math", choices=["math", "exact", "choice", "numeric"])
-    command.add_argument("--n", type=int, default=16, help="continuations per step")
-    command.add_argument("--solutions", type=int, default=4, help="sampled of each question that has none")
-    command.add_argument("--budget", default="all", choices=["all", "bis"], help="bis: only what a selection can keep")
-    command.add_argument("--fraction", type=float, default=0.1, help="share kept of each source")
-    command.add_argument("--alpha", type=float, default=0.2, help="of BIS")
-    command.add_argument("--mode", default="exact", choices=["exact", "confident"], help="of the budget bis")
-    command.add_argument("--error", type=float, default=0.01, help="of the mode confident, per rollout")
-    command.add_argument("--seed", type=int, default=0, help="of all draws")
-    command.add_argument("--temperature", type=float, default=1.0)
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--top-k", type=int, default=50, help="0: all tokens")
-    command.add_argument("--max-new-tokens", type=int, default=2048, help="a draw that is longer is lost")
-    command.add_argument("--price", type=float, help="of a million computed tokens: shows the cost")
-    command.add_argument("--engine", default="local", choices=["local", "ray"], help="ray: on a Ray cluster")
-    command.add_argument("--workers", type=int, default=8, help="rollouts that a server draws on at once")
+    command.add_argument("--output", required=True, help="file to write, *.jsonl or *.parquet")
+    command.add_argument(
+        "--format",
+        default="rows",
+        choices=["rows", "visualprm-raw"],
+        help="rows: as trl-mprm train reads them; visualprm-raw: as VisualPRM400K-v1.1-Raw has them",
+    )
+    command.add_argument(
+        "--second",
+        help="a second model, or a process reward model as a judge; says in the column `agreement` where the two agree",
+    )
+    command.add_argument(
+        "--checker",
+        default="math",
+        choices=["math", "exact", "choice", "numeric"],
+        help="how an answer is compared with the right one: by mathematical value, as text, by the letter of an option, or "
+        "as a number",
+    )
+    command.add_argument("--n", type=int, default=16, help="number of continuations per step")
+    command.add_argument("--solutions", type=int, default=4, help="number of solutions for a question that has none")
+    _add_budget(command)
+    _add_sampling(command)
+    command.add_argument("--price", type=float, help="price of a million computed tokens; prints the cost of the run")
+    command.add_argument(
+        "--engine",
+        default="local",
+        choices=["local", "ray"],
+        help="where to run: in this process, or on a Ray cluster",
+    )
+    command.add_argument(
+        "--workers", type=int, default=8, help="number of solutions that a server continues at the same time"
+    )
     command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
+
+
+def _add_budget(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--budget",
+        default="all",
+        choices=["all", "bis"],
+        help="all: annotate every solution; bis: stop early on solutions that a selection by BIS would not keep",
+    )
+    command.add_argument(
+        "--fraction", type=float, default=0.1, help="with --budget bis: share of each source that the selection keeps"
+    )
+    command.add_argument("--alpha", type=float, default=0.2, help="with --budget bis: alpha of the selection")
+    command.add_argument(
+        "--mode",
+        default="exact",
+        choices=["exact", "confident"],
+        help="with --budget bis: give a solution up when it can no longer be kept, or when that is very unlikely",
+    )
+    command.add_argument(
+        "--error",
+        type=float,
+        default=0.01,
+        help="with --mode confident: maximum probability that a solution is given up in error",
+    )
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    command.add_argument("--temperature", type=float, default=1.0, help="temperature of the sampling")
+    command.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens that together have this probability",
+    )
+    command.add_argument("--top-k", type=int, default=50, help="sample from this many most likely tokens; 0: from all")
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=2048,
+        help="maximum length of a continuation; a longer one is not counted",
+    )
 
 
 def annotate(args: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+import textwrap
+from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
@@ -11,11 +13,55 @@ from ..text import one_line, plain
 
 WIDTH = 100
 
-ShowDefaults = argparse.ArgumentDefaultsHelpFormatter
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keep the lines of the examples as they are, and name the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "default: " in text or action.default is argparse.SUPPRESS
+        has_one = action.default not in (None, []) and action.default is not False
+        return f"{text} (default: %(default)s)" if action.option_strings and has_one and not told else text
+
+
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    about: str,
+    examples: Sequence[tuple[str, str]],
+) -> argparse.ArgumentParser:
+    """
+    Add a command to the parser of `trl-mprm`.
+
+    Args:
+        run (`Callable`): Takes the parsed arguments and returns the exit code.
+        summary (`str`): Its line in `trl-mprm --help`.
+        about (`str`): The first paragraph of its own help.
+        examples (`Sequence[tuple[str, str]]`): The last paragraph of its own help: pairs of a sentence and a command.
+    """
+    command = commands.add_parser(
+        name, help=summary, description=filled(about), epilog=told_examples(examples), formatter_class=Help
+    )
+    command.set_defaults(command=run)
+    return command
+
+
+def filled(text: str) -> str:
+    return textwrap.fill(text, 79)
+
+
+def told_examples(examples: Sequence[tuple[str, str]]) -> str:
+    """Write examples as the end of a help text. A command of several lines has a backslash before each line end."""
+    lines = ["examples:"]
+    for words, example in examples:
+        lines += [f"  {words}:", textwrap.indent(example, "    ")]
+    return "\n".join(lines)
 
 
 def add_model_arguments(command: argparse.ArgumentParser, flag: bool = False) -> None:
-    model = "Hub id or folder of a checkpoint saved by ProcessRewardTrainer"
+    model = "the process reward model: a Hub id, or the folder that a training wrote"
     if flag:
         command.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the same as --model")
         command.add_argument("--model", help=model)
@@ -23,18 +69,22 @@ def add_model_arguments(command: argparse.ArgumentParser, flag: bool = False) ->
         command.add_argument("model", help=model)
     command.add_argument(
         "--step-format",
-        help="layout of a published checkpoint, e.g. math-shepherd; default: the saved one, or by Hub id",
+        help="prompt layout of a model that was trained elsewhere, e.g. math-shepherd; default: the layout in the "
+        "model's own files, or the one known for its Hub id",
     )
-    command.add_argument("--base-model", help="base of an adapter, if it has moved since training")
-    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--base-model", help="the base model of a LoRA adapter, if it has moved since the training")
     command.add_argument(
-        "--load-in-4bit", action="store_true", help="load the model in 4 bit, as a QLoRA adapter was trained"
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="number format of the weights; bfloat16 halves the memory on a GPU",
     )
+    command.add_argument("--load-in-4bit", action="store_true", help="load the weights in 4 bits, as QLoRA trains")
 
 
 def add_url_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--url", help="address of a server (trl-mprm serve, vLLM) that has the model; MODEL is its name there"
+        "--url", help="score with a model on this server (trl-mprm serve or vLLM); MODEL is then its name there"
     )
 
 

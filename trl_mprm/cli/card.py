@@ -6,19 +6,35 @@ from pathlib import Path
 
 from ..data.hub import is_hub_id
 from ..files import atomic_output
-from .arguments import say
+from .arguments import add_command, say
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
+EXAMPLES = [
+    (
+        "Add a licence and the name on the Hub to the card",
+        "trl-mprm card runs/my-prm --license apache-2.0 --repo org/my-prm",
+    ),
+    ("Look at the card without changing the folder", "trl-mprm card runs/my-prm --output card.md"),
+]
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("card", help="write the model card again, from the record of the training run")
-    command.set_defaults(command=card)
-    command.add_argument("model", help="folder of a trained model, or its model_card.json with --output")
-    command.add_argument("--license", help="licence of the weights, as a Hub identifier")
-    command.add_argument("--repo", metavar="ORG/NAME", help="where the model will be published")
-    command.add_argument("--output", help="write the card to this file; default: README.md of the folder")
+    command = add_command(
+        commands,
+        "card",
+        card,
+        "write the model card of a trained model again",
+        "Write the model card again from the record of the training (model_card.json), for example with a licence or with "
+        "the name under which the model will be published.",
+        EXAMPLES,
+    )
+    command.add_argument("model", help="folder of a trained model, or with --output the path of its model_card.json")
+    command.add_argument("--license", help="licence of the weights, as the Hub names it, e.g. apache-2.0")
+    command.add_argument("--repo", metavar="ORG/NAME", help="name on the Hub under which the model will be published")
+    command.add_argument("--output", help="file to write; default: README.md in the folder of the model")
 
 
 def card(args: argparse.Namespace) -> int:

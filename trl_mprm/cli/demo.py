@@ -2,17 +2,32 @@
 
 import argparse
 
-from .arguments import ShowDefaults
+from .arguments import add_command
+
+
+EXAMPLES = [
+    ("Run it once, on a smaller corpus", "trl-mprm demo --quick"),
+    ("Run it in full", "trl-mprm demo --output runs/demo"),
+]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("demo", help="the 10%% result in miniature", formatter_class=ShowDefaults)
-    command.set_defaults(command=demo)
-    command.add_argument("--output", default="runs/demo")
-    command.add_argument(
-        "--quick", action="store_true", help="one seed, smaller corpus: shows that it runs, is no evidence"
+    command = add_command(
+        commands,
+        "demo",
+        demo,
+        "repeat the paper's result in miniature on a CPU",
+        "Make a small world of pictures and questions, train process reward models on all rollouts, on the best tenth, and "
+        "on a random tenth, and compare them on a benchmark of the same world.",
+        EXAMPLES,
     )
-    command.add_argument("--qlora", action="store_true", help="LoRA adapters on a base in 4-bit NF4")
+    command.add_argument("--output", default="runs/demo", help="folder to write")
+    command.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed and a smaller corpus, to see that it runs; the figures are no evidence",
+    )
+    command.add_argument("--qlora", action="store_true", help="train LoRA adapters on a base model in 4 bits")
 
 
 def demo(args: argparse.Namespace) -> int:

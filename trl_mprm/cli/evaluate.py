@@ -9,7 +9,7 @@ from ..evaluation.benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from ..evaluation.records import check_comparable, read_scores
 from ..text import one_line
 from .arguments import (
-    ShowDefaults,
+    add_command,
     add_model_arguments,
     add_url_argument,
     load_scorer,
@@ -20,9 +20,33 @@ from .arguments import (
 )
 
 
+EXAMPLES = [
+    ("Measure a model on VisualProcessBench", "trl-mprm evaluate runs/my-prm --output runs/my-prm/visualprocessbench"),
+    (
+        "Measure it on a copy of the benchmark, and write the figures into its card",
+        "trl-mprm evaluate runs/my-prm data/VisualProcessBench --output results --update-card",
+    ),
+    (
+        "Compare it with another model, with a test of the difference",
+        "trl-mprm evaluate runs/my-prm --output results --compare other-results/scores.jsonl",
+    ),
+    (
+        "Measure a published text model on ProcessBench",
+        "trl-mprm evaluate peiyi9979/math-shepherd-mistral-7b-prm --benchmark processbench \\\n  --dtype bfloat16",
+    ),
+]
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("evaluate", help="measure on a benchmark", formatter_class=ShowDefaults)
-    command.set_defaults(command=evaluate)
+    command = add_command(
+        commands,
+        "evaluate",
+        evaluate,
+        "measure a model on a benchmark",
+        "Measure how well a model tells good steps from bad ones, or finds the best of several solutions, on a benchmark. "
+        "A base model that was never trained to score is measured zero-shot.",
+        EXAMPLES,
+    )
     add_model_arguments(command, flag=True)
     add_url_argument(command)
     command.add_argument("data", nargs="?", default=argparse.SUPPRESS, help="the same as --data")
@@ -30,17 +54,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--benchmark",
         default="visualprocessbench",
         choices=list(BENCHMARKS),
-        help="format of the data, and the dataset on the Hub unless --data names another",
+        help="the benchmark: it fixes the format, the measures and, without --data, the dataset on the Hub",
     )
-    command.add_argument("--data", help="file, folder or Hub id; default: the published dataset of --benchmark")
+    command.add_argument(
+        "--data", help="items in the format of --benchmark: a file, folder or Hub id; default: the published dataset"
+    )
     command.add_argument("--image-root", help="folder of the images; default: the folder of the file")
     command.add_argument(
-        "--threshold", type=_threshold, help="held_out, oracle, or a number; default: held_out, 0.5 for the text ones"
+        "--threshold",
+        type=_threshold,
+        help="score above which a step counts as good: held_out (chosen on other items), oracle (chosen on the same items, "
+        "as in the paper) or a number; default: held_out, or 0.5 for the text benchmarks",
     )
-    command.add_argument("--batch-size", type=positive, default=8)
-    command.add_argument("--output", help="folder for scores and reports; an interrupted run continues there")
-    command.add_argument("--compare", help="scores.jsonl of another model: test whether the two differ")
-    command.add_argument("--update-card", action="store_true", help="write the results into the card of a local model")
+    command.add_argument("--batch-size", type=positive, default=8, help="number of solutions scored together")
+    command.add_argument("--output", help="folder for scores, reports and a page; an interrupted run continues there")
+    command.add_argument("--compare", help="scores.jsonl of another model; tests whether the two models differ")
+    command.add_argument(
+        "--update-card", action="store_true", help="write the results into the card of a model in a folder"
+    )
 
 
 def _threshold(text: str) -> str | float:

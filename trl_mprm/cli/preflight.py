@@ -3,13 +3,11 @@ Check the arguments of `trl-mprm train` before torch is imported, so that a typo
 
     trl-mprm train --learnin_rate 1e-5
     error: --learnin_rate: no such field, did you mean learning_rate?
-
-The fields are read off the source of their classes in the installed libraries, without running it.
+    trl-mprm train --loss_type hrad
+    error: loss_type is 'hrad', expected one of hard, soft, beta_binomial; did you mean hard?
 """
 
-import ast
 import difflib
-import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -17,53 +15,16 @@ from typing import Any
 
 import yaml
 
+from ..selection.bis import ALPHA
+from ..selection.rules import CutSpec
+from .fields import train_fields
 
-# Fields of `trl-mprm train`: file in its package, class.
-CLASSES = (
-    ("trl_mprm", "cli/train.py", "DataArguments"),
-    ("trl_mprm", "training/config.py", "ProcessRewardConfig"),
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/model_config.py", "ModelConfig"),
-)
 
-# Trackers whose module is called as they are, but these.
+# The module of a tracker, where it is not called as the tracker is.
 MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "comet_ml": ("comet_ml",), "azure_ml": ("azureml",)}
 
-
-@functools.cache
-def train_fields() -> frozenset[str]:
-    """
-    Names of all fields of `trl-mprm train`; empty, so that nothing is checked, if a class is no longer in its file.
-
-    Examples:
-    ```python
-    >>> from trl_mprm.cli.preflight import train_fields
-    >>> sorted(train_fields() & {"dataset_name", "loss_type", "learning_rate", "lora_r", "learning_rat"})
-    ['dataset_name', 'learning_rate', 'lora_r', 'loss_type']
-
-    ```
-    """
-    names: set[str] = set()
-    for package, file, name in CLASSES:
-        path = Path(importlib.util.find_spec(package).origin).parent / file
-        body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
-        found = [node for node in body if isinstance(node, ast.ClassDef) and node.name == name]
-        if not found:
-            return frozenset()
-        names |= {
-            node.target.id
-            for node in found[0].body
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_argument(node)
-        }
-    return frozenset(names)
-
-
-def _is_argument(node: ast.AnnAssign) -> bool:
-    """Whether a field of a dataclass is one of its arguments, i.e. not a class variable and not `init=False`."""
-    if "ClassVar" in ast.unparse(node.annotation):
-        return False
-    keywords = node.value.keywords if isinstance(node.value, ast.Call) else []
-    return not any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
+# A message lists at most this many choices; `--help` lists all.
+LISTED = 12
 
 
 def check_train(argv: list[str]) -> dict[str, Any]:
@@ -79,12 +40,16 @@ def check_train(argv: list[str]) -> dict[str, Any]:
     flags = _flags(argv)
     config = flags.pop("config", None)
     given = {**_recipe(config), **flags}
+    for name, value in given.items():
+        _check_choice(name, value)
     if not given.get("model_name_or_path"):
         raise ValueError("no model to train: set model_name_or_path to a Hub id or folder")
     if not given.get("rule") and "fraction" not in given:
         for name in ("alpha", "ties"):
             if name in given:
                 raise ValueError(f"{name} belongs to a selection: set rule (as bis) or fraction with it")
+    else:
+        _check_selection(given)
     if "smoke" not in given:  # a smoke run has stand-ins for all of these
         _check_here(given)
     return given
@@ -103,10 +68,35 @@ def _check_here(given: dict[str, Any]) -> None:
         _check_tracker(tracker)
 
 
+def _check_choice(name: str, value: Any) -> None:
+    """Raise `ValueError` for a value that is not one of the few that a field may have."""
+    choices = train_fields()[name].choices if name in train_fields() else ()
+    if not choices or value is None or value in choices:
+        return
+    listed = ", ".join(choices) if len(choices) <= LISTED else "those that `trl-mprm train --help` lists"
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    raise ValueError(
+        f"{name} is {value!r}, expected one of {listed}"
+        + (f"; did you mean {near[0]}?" if near else "")
+        + ('; YAML reads no as false: write "no" in quotes' if value is False else "")
+    )
+
+
+def _check_selection(given: dict[str, Any]) -> None:
+    """Raise `ValueError` for a selection that cannot be made."""
+    numbers = {"fraction": 0.1, "alpha": ALPHA}
+    for name in numbers:
+        try:
+            numbers[name] = float(numbers[name] if given.get(name) is None else given[name])
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} is {given[name]!r}, expected a number") from None
+    CutSpec(given.get("rule") or "bis", **numbers, ties=given.get("ties", "first"))
+
+
 def _flags(argv: list[str]) -> dict[str, Any]:
     """The fields on the command line. Their spelling is checked: `--a_b`, `--a-b`, `--no_a`, or a unique beginning."""
     known = train_fields()
-    fields = known | {"config", "smoke", "help"}
+    fields = known.keys() | {"config", "smoke", "help"}
     given: dict[str, Any] = {}
     unknown = []
     name = None
@@ -144,7 +134,7 @@ def _recipe(path: str | None) -> dict[str, Any]:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds {type(recipe).__name__}, expected a YAML mapping of fields to values")
-    unknown = [str(key) for key in recipe if key not in train_fields() | {"env"}]
+    unknown = [str(key) for key in recipe if key not in train_fields().keys() | {"env"}]
     if unknown and train_fields():
         raise ValueError(_no_such_field(f"{path}: ", unknown))
     return recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from ..files import atomic_output
-from .arguments import WIDTH, say
+from .arguments import WIDTH, add_command, say
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -18,9 +18,21 @@ PACKAGE = Path(__file__).parents[1]
 PATTERNS = ("*.md", "*.yaml", "train_mprm.py", "accelerate/*", "notebooks/*.ipynb")
 
 
+EXAMPLES = [
+    ("List the recipes, with what each is for", "trl-mprm recipes"),
+    ("Copy one here, to change it", "trl-mprm recipes qwen2_5_vl_7b_bis10_qlora.yaml --output my-recipe.yaml"),
+]
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("recipes", help="list the recipes, guides and notebooks, or copy one here")
-    command.set_defaults(command=recipes)
+    command = add_command(
+        commands,
+        "recipes",
+        recipes,
+        "list the recipes, guides and notebooks, or copy one here",
+        "The package comes with recipes (YAML files for trl-mprm train), guides and notebooks. List them, or copy one here.",
+        EXAMPLES,
+    )
     command.add_argument("name", nargs="?", help="recipe to copy, as the list names it; default: list them all")
     command.add_argument("--output", metavar="PATH", help="copy it to this file or folder; default: recipes/NAME")
 

@@ -9,39 +9,75 @@ from typing import Any
 from ..data.aggregates import AGGREGATES
 from ..data.splitting import SPLITS, split_steps
 from ..files import atomic_output
-from .arguments import ShowDefaults, add_model_arguments, add_url_argument, load_scorer, positive, print_table, say
+from .arguments import add_command, add_model_arguments, add_url_argument, load_scorer, positive, print_table, say
 
 
 SHOWN = 20  # solutions in the table; all are in the JSONL
 
 
+EXAMPLES = [
+    (
+        "Score the steps of one solution",
+        'trl-mprm score runs/my-prm --image tiles.png --question "How many tiles are red?" \\\n'
+        '  --step "Two tiles are red." --step "Answer: 2"',
+    ),
+    (
+        "Rank two solutions",
+        'trl-mprm score runs/my-prm --image tiles.png --question "How many tiles are red?" \\\n'
+        '  --candidate "Answer: 2" --candidate "Answer: 3"',
+    ),
+    ("Score a file of solutions", "trl-mprm score runs/my-prm solutions.jsonl --output scored.jsonl"),
+    (
+        "Score with a model on a server",
+        "trl-mprm score prm solutions.jsonl --url http://127.0.0.1:8000 --output scored.jsonl",
+    ),
+]
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("score", help="score steps, rank solutions", formatter_class=ShowDefaults)
-    command.set_defaults(command=score)
+    command = add_command(
+        commands,
+        "score",
+        score,
+        "score the steps of solutions, and rank solutions",
+        "Give each step of a solution the probability that it is good, and rank the solutions of a question. The solutions "
+        "come from a file, from standard input, or from the command line.",
+        EXAMPLES,
+    )
     add_model_arguments(command)
     add_url_argument(command)
     command.add_argument(
         "input",
         nargs="?",
-        help="solutions to score: a file of rows as `select` reads them, annotated or not, or - for JSONL on standard "
-        "input; a row with `candidates` holds several solutions",
+        help="solutions to score: a file of rows, annotated or not, as `select` reads them, or - for JSONL on standard "
+        "input; a row with `candidates` holds several solutions of one question",
     )
-    command.add_argument("--question", help="a question, instead of INPUT")
-    command.add_argument("--image", action="append", default=[], help="its picture, in order; repeat for several")
-    command.add_argument("--step", action="append", default=[], help="a step; repeat for each, in order")
-    command.add_argument("--candidate", action="append", default=[], help="a whole solution; repeat for each, to rank")
+    command.add_argument("--question", help="the text of a question, in place of INPUT")
+    command.add_argument(
+        "--image", action="append", default=[], help="a picture of the question; repeat for several, in their order"
+    )
+    command.add_argument(
+        "--step", action="append", default=[], help="a step of the solution; repeat for each step, in order"
+    )
+    command.add_argument(
+        "--candidate", action="append", default=[], help="a whole solution; repeat for each solution to rank"
+    )
     command.add_argument(
         "--split", default="blank_line", choices=SPLITS, help="how to split a whole solution into steps"
     )
     command.add_argument(
-        "--aggregate", default="mean", choices=AGGREGATES, help="how step scores become a solution's score"
+        "--aggregate",
+        default="mean",
+        choices=AGGREGATES,
+        help="how the scores of its steps make the score of a solution",
     )
     command.add_argument("--image-root", help="folder of the images; default: the folder of INPUT")
-    command.add_argument("--batch-size", type=positive, default=8)
+    command.add_argument("--batch-size", type=positive, default=8, help="number of solutions scored together")
     command.add_argument(
-        "--output", help="*.jsonl: the rows with `step_scores`, `score`, and `rank` in their question"
+        "--output",
+        help="file to write, *.jsonl: the rows with `step_scores`, `score` and their `rank` within the question",
     )
-    command.add_argument("--json", action="store_true", help="print these rows instead of a table")
+    command.add_argument("--json", action="store_true", help="print these rows in place of a table")
 
 
 def score(args: argparse.Namespace) -> int:

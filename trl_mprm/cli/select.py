@@ -7,45 +7,95 @@ from tabulate import tabulate
 from ..selection.bis import ALPHA
 from ..selection.rules import RULES
 from ..text import one_line
-from .arguments import ShowDefaults, print_table, say
+from .arguments import add_command, print_table, say
 
 
 MAX_NAME = 18  # of a source in the table, which then fits 100 columns
 
 
+EXAMPLES = [
+    (
+        "Keep the best tenth of each source, and write a page about the selection",
+        "trl-mprm select rollouts --output kept --report kept.html",
+    ),
+    ("Look at what each rule would keep, and write nothing", "trl-mprm select rollouts --compare"),
+    (
+        "Keep a quarter of a dataset on the Hub, with the paper's alpha",
+        "trl-mprm select OpenGVLab/VisualPRM400K-v1.1-Raw --fraction 0.25 --alpha 0.05 \\\n  --output kept-25",
+    ),
+    (
+        "Rank by a number of your own in each row",
+        "trl-mprm select rows.jsonl --rule column --column quality --output kept.jsonl",
+    ),
+]
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("select", help="keep the rollouts worth training on", formatter_class=ShowDefaults)
-    command.set_defaults(command=select)
-    command.add_argument("input", nargs="+", help="folder, *.jsonl file(s) or Hub id of annotated rollouts")
-    command.add_argument("--output", help="*.jsonl, *.parquet, or a folder (one JSONL per input)")
-    command.add_argument("--compare", action="store_true", help="print what every rule would keep, side by side")
-    command.add_argument("--report", metavar="FILE", help="also write a page about the selection, FILE.html")
+    command = add_command(
+        commands,
+        "select",
+        select,
+        "keep the rollouts worth training on",
+        "Rank annotated rollouts by their step scores alone, and keep the top fraction of each source. Beside the kept rows, "
+        "selection.json has the counts and the cut of each source, and refused.jsonl "
+        "lists every row that cannot be used, with the reason.",
+        EXAMPLES,
+    )
     command.add_argument(
-        "--engine", default="local", choices=["local", "ray"], help="where to run; ray: on a Ray cluster"
+        "input", nargs="+", help="annotated rollouts: folders or files (*.jsonl, *.parquet), or a dataset on the Hub"
+    )
+    command.add_argument(
+        "--output", help="where the kept rows go: *.jsonl, *.parquet, or a folder with a file per input"
+    )
+    command.add_argument("--compare", action="store_true", help="print a table of what each rule would keep")
+    command.add_argument("--report", metavar="FILE", help="also write a page about the selection, *.html")
+    command.add_argument(
+        "--engine",
+        default="local",
+        choices=["local", "ray"],
+        help="where to run: on this machine, or on a Ray cluster",
     )
     rules = "; ".join(f"{rule.name}: {rule.words}" for rule in RULES.values())
     command.add_argument("--rule", default="bis", choices=list(RULES), help=rules)
-    command.add_argument("--column", metavar="NAME", help="for the rule `column`: the field of a row to rank by")
-    command.add_argument("--fraction", type=float, default=0.1, help="share kept")
+    command.add_argument("--column", metavar="NAME", help="with --rule column: the field of a row to rank by")
+    command.add_argument("--fraction", type=float, default=0.1, help="share to keep: 0.1 keeps a tenth")
     command.add_argument(
-        "--by", default="source", choices=["source", "corpus"], help="keep a fraction of each source, or of all rows"
+        "--by",
+        default="source",
+        choices=["source", "corpus"],
+        help="keep this share of each source, or of all rows together",
     )
     command.add_argument(
-        "--alpha", type=float, default=ALPHA, help="alpha of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%"
+        "--alpha",
+        type=float,
+        default=ALPHA,
+        help="alpha of BIS; the paper takes 0.2 to keep 10%% and 0.05 to keep 25%%",
     )
     command.add_argument(
         "--ties",
         default="first",
         choices=["first", "hash"],
-        help="which of equal scores to keep: first in the file, or by hash",
+        help="which of several equal scores to keep: the first in the file, or those that a seeded hash picks",
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of the rule `random` and of the hash")
+    command.add_argument("--seed", type=int, default=0, help="seed of --rule random and of --ties hash")
     command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
-    command.add_argument("--drop-answer-step", action="store_true", help="do not score a step that states the answer")
-    command.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
-    command.add_argument("--save-to-disk", action="store_true", help="OUTPUT is a folder for datasets.load_from_disk")
-    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="also publish the kept rows, with images and card")
-    command.add_argument("--license", help="licence on that card; default: that of the source, if it is on the Hub")
+    command.add_argument(
+        "--drop-answer-step", action="store_true", help="leave out a last step that states the answer"
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="stop with an error if a row cannot be used, and write nothing"
+    )
+    command.add_argument(
+        "--save-to-disk", action="store_true", help="write OUTPUT as a folder for datasets.load_from_disk"
+    )
+    command.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="also publish the kept rows as a dataset on the Hub, with images and a card",
+    )
+    command.add_argument(
+        "--license", help="licence on that card; default: the licence of the source, if it is on the Hub"
+    )
 
 
 def select(args: argparse.Namespace) -> int:

@@ -4,37 +4,76 @@ import argparse
 import ipaddress
 import os
 
-from .arguments import ShowDefaults, add_model_arguments, load_prm, positive, print_table
+from .arguments import add_command, add_model_arguments, load_prm, positive, print_table
 
 
 API_KEY = "TRL_MPRM_API_KEY"
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("serve", help="score over HTTP", formatter_class=ShowDefaults)
-    command.set_defaults(command=serve)
-    add_model_arguments(command)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback needs a key")
-    command.add_argument("--port", type=int, default=8000)
-    command.add_argument("--served-model-name", default="prm")
-    command.add_argument("--api-key", help=f"key that every request must carry, or set {API_KEY}; '' lets everyone in")
-    command.add_argument("--image-root", help="folder of pictures that requests may name")
-    command.add_argument(
-        "--allow-image-host", action="append", default=[], help="host from which pictures may be fetched"
-    )
-    command.add_argument("--max-body-mb", type=positive, default=32, help="largest request")
-    command.add_argument("--max-waiting", type=positive, default=1024, help="maximum number of waiting solutions")
-    command.add_argument("--ui", action="store_true", help="also serve a page at / for trying the model")
+EXAMPLES = [
+    ("Serve a model to this machine, with a page on which to try it", "trl-mprm serve runs/my-prm --ui"),
+    (
+        "Serve it to others",
+        "trl-mprm serve runs/my-prm --host 0.0.0.0 --api-key SECRET --dtype bfloat16",
+    ),
+]
 
-    command = commands.add_parser(
-        "export", help="write a folder that vLLM serves unchanged", formatter_class=ShowDefaults
+EXPORT_EXAMPLES = [
+    ("Write the folder", "trl-mprm export runs/my-prm runs/my-prm-vllm"),
+    (
+        "Compare the scores of the running server with ours",
+        "trl-mprm export runs/my-prm runs/my-prm-vllm --check http://127.0.0.1:8000",
+    ),
+]
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    command = add_command(
+        commands,
+        "serve",
+        serve,
+        "score over HTTP",
+        "Load a model once and score over HTTP. Requests have the form that vLLM's /pooling takes; /best_of_n ranks the "
+        "candidates of a question and encodes their picture only once.",
+        EXAMPLES,
     )
-    command.set_defaults(command=export)
     add_model_arguments(command)
-    command.add_argument("folder", help="folder to write, or with --check an existing export")
-    command.add_argument("--for", dest="target", default="vllm", choices=["vllm"], help="the server")
-    command.add_argument("--served-model-name", default="prm")
-    command.add_argument("--check", metavar="URL", help="compare the scores of a running server with those here")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; one that others can reach needs an API key"
+    )
+    command.add_argument("--port", type=int, default=8000, help="port to listen on")
+    command.add_argument("--served-model-name", default="prm", help="name of the model in requests")
+    command.add_argument(
+        "--api-key",
+        help=f"key that every request must carry; default: the variable {API_KEY}; '' lets everyone in",
+    )
+    command.add_argument("--image-root", help="folder of images on this machine that requests may name")
+    command.add_argument(
+        "--allow-image-host",
+        action="append",
+        default=[],
+        help="host from which images may be fetched; repeat for several; default: none",
+    )
+    command.add_argument("--max-body-mb", type=positive, default=32, help="maximum size of a request, in MiB")
+    command.add_argument("--max-waiting", type=positive, default=1024, help="maximum number of waiting solutions")
+    command.add_argument("--ui", action="store_true", help="also serve a page at / on which to try the model")
+
+    command = add_command(
+        commands,
+        "export",
+        export,
+        "write a folder that vLLM serves without a plugin",
+        "Write a copy of a model that vLLM loads without a plugin: adapters are merged, and its configuration names the "
+        "tokens that stand for a good and a bad step. SERVE.md in the folder has the command to start the server.",
+        EXPORT_EXAMPLES,
+    )
+    add_model_arguments(command)
+    command.add_argument("folder", help="folder to write; with --check, an export that exists")
+    command.add_argument("--for", dest="target", default="vllm", choices=["vllm"], help="the server to write it for")
+    command.add_argument("--served-model-name", default="prm", help="name of the model in requests")
+    command.add_argument(
+        "--check", metavar="URL", help="write nothing; compare the scores of a running server with those stored here"
+    )
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .arguments import print_table, say
 from .preflight import check_train
+from .train_help import SMOKE, SUMMARY, train_help
 
 
 logger = logging.getLogger(__name__)
@@ -44,40 +45,48 @@ class DataArguments:
             Rollouts to evaluate on during training.
     """
 
-    dataset_name: str = field(metadata={"help": "Folder, JSONL file or Hub id of annotated rollouts."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_name: str = field(
+        metadata={"help": "Annotated rollouts: a folder, a file (*.jsonl, *.parquet) or a dataset on the Hub."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on with eval_strategy, without eval_dataset_name."}
+        default="test",
+        metadata={"help": "Split to evaluate on, if eval_strategy is set and eval_dataset_name is not."},
     )
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the images."})
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder of the images; default: the folder of each file."}
+    )
     rule: str | None = field(
-        default=None, metadata={"help": "Train on the rollouts that this rule keeps; default: all."}
+        default=None,
+        metadata={
+            "help": "Train only on the rollouts that this rule keeps (bis, random, mixed, reliable or low_mc, see "
+            "trl-mprm select --help); default: all rollouts, or bis if fraction is set."
+        },
     )
     fraction: float | None = field(
-        default=None, metadata={"help": "Share kept of each source; default: 0.1 with a rule. Alone, it is by bis."}
+        default=None, metadata={"help": "Share to keep of each source, 0.1 is a tenth; default: 0.1 if rule is set."}
     )
-    alpha: float = field(default=0.2, metadata={"help": "Alpha of BIS; the paper: 0.2 for 10%%, 0.05 for 25%%."})
-    ties: str = field(default="first", metadata={"help": "`first` in the file, or by `hash`."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rollouts to evaluate on in training."})
-
-
-SMOKE = (
-    "only check the recipe: run its first steps on a tiny random model of the same architecture and generated rollouts, "
-    "without a download; shows that the fields fit together and that training runs, but nothing about memory, speed, F1 "
-    "or the launcher"
-)
+    alpha: float = field(
+        default=0.2, metadata={"help": "Alpha of BIS; the paper takes 0.2 to keep 10%% and 0.05 to keep 25%%."}
+    )
+    ties: str = field(
+        default="first",
+        metadata={"help": "Which of several equal scores to keep: the `first` in the file, or by `hash`."},
+    )
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rollouts to evaluate on during training."})
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command to the help only; TrlParser reads its arguments, see `train`."""
-    words = "train a process reward model (train --help lists every field; --smoke checks a recipe)"
-    commands.add_parser("train", help=words)
+    commands.add_parser("train", help=SUMMARY)
 
 
 def train(argv: list[str]) -> int:
-    if "--help" not in argv and "-h" not in argv:
-        check_train(argv)
+    if {"--help", "-h"} & set(argv):
+        say(train_help())
+        return 0
+    check_train(argv)
     if "--smoke" in argv:
         return _smoke([word for word in argv if word != "--smoke"])
     return _train(argv)

@@ -91,52 +91,79 @@ class ProcessRewardConfig(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every this many steps."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the raw columns."})
+    logging_steps: float = field(default=10, metadata={"help": "Number of steps between two entries of the log."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave this off: the collator reads the raw columns."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `from_pretrained`, when the model is a string."}
+        default=None, metadata={"help": "Keyword arguments for the model's `from_pretrained`, as JSON."}
     )
     processor_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for the processor, e.g. {'max_pixels': 200704}."}
+        default=None,
+        metadata={
+            "help": 'Keyword arguments for the processor, as JSON, e.g. {"max_pixels": 200704}; saved with the model.'
+        },
     )
-    marker: str = field(default=StepFormat.marker, metadata={"help": "Token after every step."})
+    marker: str = field(
+        default=StepFormat.marker,
+        metadata={"help": "Token after every step, at which its reward is read; default: <prm>."},
+    )
     reward_tokens: list[str] = field(
         default_factory=lambda: list(StepFormat.reward_tokens),
-        metadata={"help": "The two tokens for a good and a bad step."},
+        metadata={"help": "The tokens for a good and for a bad step; default: Yes No."},
     )
     loss_type: str = field(
         default="hard",
-        metadata={"help": "; ".join(f"{n}: {loss.help}" for n, loss in LOSSES.items()), "choices": tuple(LOSSES)},
+        metadata={
+            "help": "Loss of a step. hard: cross entropy with the label 1[MC score > hard_threshold]; soft: cross entropy "
+            "with the MC score itself; beta_binomial: likelihood of the counts in the columns mc_counts and mc_total.",
+            "choices": tuple(LOSSES),
+        },
     )
-    hard_threshold: float = field(default=0.0, metadata={"help": "Hard label = 1[MC score > threshold]."})
-    concentration_penalty: float = field(default=0.05, metadata={"help": "Of loss_type='beta_binomial'."})
-    class_weights: list[float] | None = field(default=None, metadata={"help": "Weights of good and of bad steps."})
+    hard_threshold: float = field(
+        default=0.0, metadata={"help": "A step is good if its MC score is above this (loss_type hard)."}
+    )
+    concentration_penalty: float = field(
+        default=0.05,
+        metadata={"help": "Penalty on high concentration where the mean is off (loss_type beta_binomial)."},
+    )
+    class_weights: list[float] | None = field(
+        default=None, metadata={"help": "Two weights in the loss: of good steps, of bad steps."}
+    )
     source_weights: dict[str, float] | str | None = field(
-        default=None, metadata={"help": "Weights of the rows of each source, e.g. {'ChartQA': 2.0}."}
+        default=None, metadata={"help": 'Weights of the rows of some sources, as JSON, e.g. {"ChartQA": 2.0}.'}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Maximum tokens per row, images included."})
-    max_completion_length: int | None = field(default=None, metadata={"help": "Maximum tokens in the steps of a row."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Maximum number of tokens per row, images included."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Maximum number of tokens in the steps of a row."}
+    )
     overlong: str | None = field(
-        default=None, metadata={"help": "'error', 'drop_steps' or 'drop_row' for longer rows.", "choices": OVERLONG}
+        default=None,
+        metadata={"help": "What to do with a longer row: stop, drop its last steps, or skip it.", "choices": OVERLONG},
     )
     share_prefix: bool = field(
         default=False,
         metadata={"help": "Encode a question and its images once per batch, for all rollouts that share them."},
     )
     train_on_last_step_only: bool = field(default=False, metadata={"help": "Train only on the last step of each row."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data sets."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Number of processes that prepare the data."})
     reward_head: str | None = field(
         default=None,
         metadata={
-            "help": "'lm', or 'classification' as TRL's PRMTrainer; default: that of the model.",
+            "help": "lm: two tokens of the language-model head; classification: a head of two labels on a text-only model, "
+            "as TRL's PRMTrainer trains; default: the head of the model.",
             "choices": REWARD_HEADS,
         },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Switch off the dropout of a token classifier."})
     step_separator: str = field(
-        default="\n", metadata={"help": "Text after every step, with reward_head='classification'."}
+        default="\n", metadata={"help": "Text after every step, with reward_head classification; default: a line end."}
     )
-    freeze_vision_encoder: bool = field(default=True, metadata={"help": "Do not train the vision encoder."})
+    freeze_vision_encoder: bool = field(
+        default=True, metadata={"help": "Train the projector and the text decoder, but not the vision encoder."}
+    )
 
     def __post_init__(self):
         choices = {"loss_type": tuple(LOSSES), "overlong": OVERLONG, "reward_head": REWARD_HEADS}

@@ -28,8 +28,6 @@ class StepLoss:
     A loss, and the data that it needs from a row beside `labels`.
 
     Args:
-        help (`str`):
-            Its line in the help of `loss_type`.
         losses (`Callable`):
             Maps logits `(steps, tokens read)`, targets `(steps,)`, columns (`dict` of tensors `(steps,)`) and the
             configuration to losses `(steps,)`.
@@ -46,7 +44,6 @@ class StepLoss:
             Whether the third logit, that of the marker, is read; a classification head has none.
     """
 
-    help: str
     losses: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], Any], torch.Tensor]
     targets: Callable[[torch.Tensor, float], torch.Tensor]
     columns: tuple[str, ...] = ()
@@ -231,17 +228,14 @@ def _all_counts_fit(table: pa.Table) -> bool:
 
 LOSSES = {
     "hard": StepLoss(
-        help="cross entropy with the label 1[MC score > hard_threshold]",
         losses=lambda logits, targets, columns, config: step_losses(good_minus_bad(logits), targets),
         targets=lambda labels, threshold: (labels > threshold).to(labels.dtype),
     ),
     "soft": StepLoss(
-        help="cross entropy with the MC score itself",
         losses=lambda logits, targets, columns, config: step_losses(good_minus_bad(logits), targets),
         targets=lambda labels, threshold: labels,
     ),
     "beta_binomial": StepLoss(
-        help="likelihood of the counts in the columns mc_counts and mc_total",
         losses=lambda logits, targets, columns, config: beta_binomial_losses(
             good_minus_bad(logits), logits[:, 2], targets, columns["mc_total"], config.concentration_penalty
         ),
