@@ -263,7 +263,9 @@ def check_bash(text: str) -> None:
     if checked.returncode:
         raise ValueError(checked.stderr)
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True  # else the colon of an address ends a word
+        words = list(lexer)
         for word in words:
             if word.startswith(("recipes/", "trl_mprm/")) and not (ROOT / word).exists():
                 raise FileNotFoundError(word)

@@ -38,6 +38,7 @@ def test_blocks_share_a_folder_and_a_namespace_and_outputs_are_compared(tmp_path
         python("x = open('a.txt').read().strip()"),
         python("print(x, 0.1234, '12 s')", "[1] 0.1235 7.5 s"),
         bash("cat a.txt | tr 1 2 > b.txt\nfor i in 1 2; do cat b.txt; done", "[2]\n[2]"),
+        NOT_RUN + bash("trl-mprm score M rows.jsonl --url http://127.0.0.1:8000 | head -3  # a comment"),
         bash("trl-mprm --version | sed 's/[0-9.]*$/N/'\nv=$(trl-mprm --version); test -n \"$v\"", "trl-mprm N"),
     )
 
