@@ -5,22 +5,34 @@ How many draws does a selection by BIS need? Compares the race of `trl-mprm anno
 
 Two corpora whose draws are all known, so that what a way would have drawn can be replayed: rollouts made to have the
 figures of the paper's Table 1 (7.7% mixed, mean score .857), and those of the miniature world. Writes `results.json`
-and `draws.png`.
+and `draws.png`, also for dark ground; with `--draw` only the figure, from the `results.json` that lies there.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from trl_mprm.annotation.budget import Race, Tally, final_bis, next_draws
 from trl_mprm.demo.settings import DEMO
 from trl_mprm.demo.world import make_problems, roll_out
 from trl_mprm.files import write_json
+from trl_mprm.plotting import save_light_and_dark
 
 
 N = 16
 CUTS = ((0.10, 0.2), (0.25, 0.05))  # fraction and alpha, as the paper pairs them
+
+# The ways, and what each looks like in the figure.
+LOOKS = {
+    "race, exact": {"color": "C0", "marker": "o"},
+    "race, confident": {"color": "C2", "marker": "^"},
+    "fixed smaller N": {"color": "C1", "marker": "s"},
+    "until the first right draw": {"color": "C3", "marker": "D"},
+    "binary search": {"color": "C4", "marker": "v"},
+}
 
 
 def paper_like(n: int, seed: int) -> list[np.ndarray]:
@@ -141,28 +153,27 @@ def compare(corpus: list[np.ndarray]) -> list[dict]:
     return rows
 
 
-def draw_figure(results: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw_figure(figure: Figure, results: dict) -> None:
+    """Overlap by share of draws: one panel per corpus and share kept, one curve per way."""
     corpora = list(results["corpora"])
-    figure, axes = plt.subplots(len(corpora), len(CUTS), figsize=(9, 7), sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(len(corpora), len(CUTS), sharex=True, sharey=True, squeeze=False)
     for line, corpus in zip(axes, corpora, strict=True):
         for axis, (fraction, _) in zip(line, CUTS, strict=True):
             rows = [row for row in results["corpora"][corpus]["ways"] if row["fraction"] == fraction]
-            for way in dict.fromkeys(row["way"] for row in rows):
+            for way, look in LOOKS.items():
                 points = sorted((row["draws"], row["overlap"]) for row in rows if row["way"] == way)
-                axis.plot(*zip(*points, strict=True), "o-", ms=4, label=way)
+                axis.plot(*zip(*points, strict=True), ms=5, lw=1.4, label=way, **look)
             axis.set_title(f"{corpus}, {fraction:.0%} kept", fontsize=10)
     axes[0][0].legend(fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("share of all draws")
     for line in axes:
         line[0].set_ylabel("overlap with all draws' selection")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.suptitle("The race finds what all draws would keep, with a fifth to two fifths of them")
+
+
+def save_figure(results: dict, folder: Path) -> None:
+    save_light_and_dark(lambda figure: draw_figure(figure, results), folder / "draws.png", (9, 7.2), 110)
 
 
 def main() -> None:
@@ -170,7 +181,11 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--draw", action="store_true", help="only draw the figure of the results.json in the folder")
     args = parser.parse_args()
+    if args.draw:
+        save_figure(json.loads((args.output / "results.json").read_text(encoding="utf-8")), args.output)
+        return
     results = {"rollouts": args.rollouts, "seed": args.seed, "n": N, "corpora": {}}
     for name, make in (("like the paper's", paper_like), ("the miniature", miniature)):
         corpus = make(args.rollouts, args.seed)
@@ -178,7 +193,7 @@ def main() -> None:
         results["corpora"][name] = {"figures": figures(corpus), "ways": compare(corpus)}
     args.output.mkdir(parents=True, exist_ok=True)
     write_json(results, args.output / "results.json")
-    draw_figure(results, args.output / "draws.png")
+    save_figure(results, args.output)
 
 
 if __name__ == "__main__":

@@ -8,34 +8,33 @@ Every prediction is compared with draws of the model itself, as
 
     q* = 0.3, ||phi||^2 = 8:  predicted q*(1 - q*) ||phi||^2 = 1.680,  simulated 1.679, 95% interval 1.664 to 1.694
 
-DIR receives `results.json` (every point of every figure), the figures, and `table.md`. matplotlib comes with the
+DIR receives `results.json` (every point of every figure), the figures, each for light and for dark ground, and
+`table.md`; with `--draw` only the figures, from the `results.json` that lies there. matplotlib comes with the
 `demo` extra; scipy with scikit-learn (`dev`), for exact binomial intervals and the regularised incomplete beta function.
 """
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 from scipy.special import betainc, expit
 from tqdm.auto import tqdm
 
 from trl_mprm.files import write_json
-
-
-matplotlib.use("Agg")  # writes files only; a server has no display
-import matplotlib.pyplot as plt  # noqa: E402
+from trl_mprm.plotting import save_light_and_dark
 
 
 SEED = 20260205
 LEVEL = 0.01  # a claim agrees where no point is further from its prediction than chance at this level, over all points
 N_CONTINUATIONS = 16  # Monte Carlo continuations of a step, as in VisualPRM400K
-COLOURS = ("#4878a8", "#2a9d55", "#d1495b", "#e9a23b", "#7b5ea7")
+MARKERS = ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True)
@@ -319,85 +318,148 @@ def scaling(rng: np.random.Generator, runs: int, quick: bool) -> tuple[dict[str,
 
 # Figures and table.
 
-CLAIMS: dict[str, tuple[Callable, str, str, str]] = {
-    "gradient": (gradient_moment, "E‖g‖² = q*(1 − q*)‖φ‖²", "teacher probability q*", "E‖g‖², ‖φ‖² = 8"),
-    "flips": (flipped_moment, "E‖g̃‖² = [(1 − 4η) q*(1 − q*) + η]‖φ‖²", "teacher probability q*", "E‖g̃‖², ‖φ‖² = 8"),
-    "sign": (
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper: how to simulate it, its formula for the table, and the words of its figure."""
+
+    simulate: Callable[[np.random.Generator, int], list[Point]]
+    formula: str
+    title: str
+    x_label: str
+    y_label: str
+
+
+CLAIMS = {
+    "gradient": Claim(
+        gradient_moment,
+        "E‖g‖² = q*(1 − q*)‖φ‖²",
+        "Steps that may go either way have the largest gradients",
+        "chance that the step is good",
+        "mean squared gradient",
+    ),
+    "flips": Claim(
+        flipped_moment,
+        "E‖g̃‖² = [(1 − 4η) q*(1 − q*) + η]‖φ‖²",
+        "Flipped labels give sure steps large gradients too",
+        "chance that the step is good",
+        "mean squared gradient",
+    ),
+    "sign": Claim(
         moment_contrast,
         "E‖g̃‖² at q* = 1/2 less q* = 0.05: (1 − 4η) · 0.2025",
-        "flip probability η",
-        "difference of E‖g̃‖²",
+        "Beyond one flipped label in four, sure steps have the larger gradients",
+        "share of labels flipped",
+        "squared gradient, open less sure step",
     ),
-    "mixture": (mixture, "E[p̂(1 − p̂)] = q̄(1 − q̄) − Σ qⱼ(1 − qⱼ)/n²", "steps n of the rollout", "E[p̂(1 − p̂)]"),
-    "mixture_flips": (flipped_mixture, "θ̃ = (1 − 2η)² θ + η(1 − η)", "flip probability η", "θ̃"),
-    "positive_label": (
+    "mixture": Claim(
+        mixture,
+        "E[p̂(1 − p̂)] = q̄(1 − q̄) − Σ qⱼ(1 − qⱼ)/n²",
+        "The mixture that labels show falls a little short of the true one",
+        "steps of the rollout",
+        "mean mixture of the labels",
+    ),
+    "mixture_flips": Claim(
+        flipped_mixture,
+        "θ̃ = (1 − 2η)² θ + η(1 − η)",
+        "Flipped labels make every rollout look mixed",
+        "share of labels flipped",
+        "mixture of the flipped labels",
+    ),
+    "positive_label": Claim(
         positive_label,
         "Pr(y = 1) = 1 − (1 − r)ᴺ",
-        "success probability r of one continuation",
-        "Pr(y = 1)",
+        "The more continuations, the more steps are labelled good",
+        "success rate of one continuation",
+        "chance that the step is labelled good",
     ),
-    "reliability": (
+    "reliability": Claim(
         reliability,
         "η_eff(k) = I_τ(a + k, b + N − k), τ = 1/2, N = 16",
-        "successful continuations k of 16",
-        "Pr(r < τ | K = k)",
+        "The more continuations succeed, the less a good label is in doubt",
+        "successful continuations of 16",
+        "chance that the true rate is below one half",
     ),
 }
 
 
-def draw_claim(name: str, points: list[Point], path: Path) -> None:
+def legend(series: str) -> str:
+    """
+    The name of a series in the words of a figure.
+
+        "η = 0.25" -> "25% of labels flipped"
+    """
+    series = re.sub(r"η = ([\d.]+)", lambda found: f"{float(found[1]):.0%} of labels flipped", series)
+    series = re.sub("^spread", "chances spread from", series)
+    series = re.sub(r"mean q = ([\d.]+)", lambda found: f"{float(found[1]):.0%} of steps good", series)
+    return re.sub(r"^N = (\d+)$", lambda found: f"{found[1]} continuation{'s' if found[1] != '1' else ''}", series)
+
+
+def draw_claim(figure: Figure, name: str, points: list[Point]) -> None:
     """Left: predictions as lines, simulations as dots. Right: simulation less prediction with its 95% interval."""
-    _, title, x_label, y_label = CLAIMS[name]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.7), layout="constrained")
+    claim = CLAIMS[name]
+    left, right = figure.subplots(1, 2)
     series = list(dict.fromkeys(point.series for point in points))
     width = np.ptp([point.x for point in points])
-    for number, (label, colour) in enumerate(zip(series, COLOURS, strict=False)):
+    for number, label in enumerate(series):
         own = [point for point in points if point.series == label]
         x = np.array([point.x for point in own])
-        left.plot(x, [point.predicted for point in own], color=colour, lw=1.2)
-        left.scatter(x, [point.simulated for point in own], color=colour, s=14, label=label)
+        look = {"color": f"C{number}", "marker": MARKERS[number]}
+        left.plot(x, [point.predicted for point in own], color=look["color"], marker="", lw=1.2)
+        left.scatter(x, [point.simulated for point in own], s=14, label=legend(label), **look)
         shifted = x + (number - (len(series) - 1) / 2) * width * 0.008
         gap = np.array([point.simulated - point.predicted for point in own])
         bars = np.array([[point.simulated - point.low, point.high - point.simulated] for point in own]).T
-        right.errorbar(shifted, gap, yerr=bars, fmt="o", ms=3, lw=1, capsize=1.5, color=colour)
+        right.errorbar(shifted, gap, yerr=bars, ls="", ms=3, lw=1, capsize=1.5, **look)
     if name == "mixture":
         n = np.linspace(5, 40, 100)
-        left.fill_between(n, 0.24 * (1 - 1 / n), 0.24, color="#b8c0c8", alpha=0.4, label="θ(1 − 1/n) to θ")
+        left.fill_between(n, 0.24 * (1 - 1 / n), 0.24, color="C4", alpha=0.3, lw=0, label="between the paper's bounds")
     if name == "sign":
-        left.axvline(0.25, color="#888888", lw=0.8, ls=":")
-        left.axhline(0, color="#888888", lw=0.8, ls=":")
-    left.set(xlabel=x_label, ylabel=y_label, title="line: prediction, dot: simulation")
-    right.axhline(0, color="#444444", lw=0.8)
-    right.set(xlabel=x_label, ylabel="simulation − prediction", title="difference, 95% interval")
+        left.axvline(0.25, color="C4", lw=0.8, ls=":")
+        left.axhline(0, color="C4", lw=0.8, ls=":")
+    left.set(xlabel=claim.x_label, ylabel=claim.y_label)
+    left.set_title("line: prediction, mark: simulation", fontsize=10)
+    right.axhline(0, color="C4", lw=0.8)
+    right.set(xlabel=claim.x_label, ylabel="simulation less prediction")
+    right.set_title("difference, 95% interval", fontsize=10)
     right.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    left.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    if len(series) > 1:
+        left.legend(fontsize=8)
+    figure.suptitle(claim.title)
 
 
-def draw_scaling(parts: dict[str, list[Scaling]], decomposition: list[dict], path: Path) -> None:
+def draw_scaling(figure: Figure, parts: dict[str, list[Scaling]], decomposition: list[dict]) -> None:
     """Excess risk against data, log-log, with the fitted exponents and the bound's n^(-1/2) beside them."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", sharey=True)
-    titles = ("matched updates: a subset, the same updates", "single pass: a subset, once")
+    axes = figure.subplots(1, 2, sharey=True)
+    titles = ("a subset, with as many updates as full data", "a subset, in a single pass")
     for axis, title, curves in zip(axes, titles, parts.values(), strict=True):
-        for curve, colour in zip(curves, COLOURS, strict=False):
+        for number, curve in enumerate(curves):
             bars = np.array([np.subtract(curve.risk, curve.low), np.subtract(curve.high, curve.risk)])
-            label = f"{curve.series}: exponent {curve.exponent:.2f}"
-            axis.errorbar(
-                curve.size, curve.risk, yerr=bars, fmt="o-", ms=4, lw=1, capsize=3, color=colour, label=label
-            )
+            look = {"color": f"C{number}", "marker": MARKERS[number], "ms": 4, "lw": 1, "capsize": 3}
+            axis.errorbar(curve.size, curve.risk, yerr=bars, label=f"{curve.series}: {curve.exponent:.2f}", **look)
         size = np.array(curves[0].size, float)
         top = max(curve.risk[0] for curve in curves)
-        axis.plot(size, 1.6 * top * (size / size[0]) ** -0.5, "k--", lw=1, label="slope −1/2, the bound's")
-        axis.set(xscale="log", yscale="log", xlabel="samples n", title=title)
+        bound = 1.6 * top * (size / size[0]) ** -0.5
+        axis.plot(size, bound, "--", color="C3", marker="", lw=1, label="the bound's slope: -0.50")
+        axis.set(xscale="log", yscale="log", xlabel="samples")
+        axis.set_title(title, fontsize=10)
     apart = [[part[key] for part in decomposition] for key in ("size", "sum")]
-    axes[0].plot(*apart, ":", color="#444444", lw=1.5, label="minimiser + SGD on fresh data, measured apart")
+    axes[0].plot(*apart, ":", color="C4", marker="", lw=1.5, label="minimiser and SGD on fresh data, summed")
     for axis in axes:
-        axis.legend(fontsize=7.5, loc="lower left")
-    axes[0].set_ylabel("excess risk L(w) − L(w*), nats")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        axis.legend(fontsize=7.5, loc="lower left", title="curve: fitted exponent", title_fontsize=7.5)
+    axes[0].set_ylabel("excess risk, nats")
+    figure.suptitle("Excess risk against the amount of data")
+
+
+def draw(results: dict, output: Path) -> None:
+    """Draw every figure of the results, for light and for dark ground."""
+    for name, claim in results["claims"].items():
+        points = [Point(**value) for value in claim["values"]]
+        save_light_and_dark(lambda figure: draw_claim(figure, name, points), output / f"{name}.png", (9.5, 3.9), 100)  # noqa: B023
+    parts = {part: [Scaling(**curve) for curve in curves] for part, curves in results["scaling"].items()}
+    save_light_and_dark(
+        lambda figure: draw_scaling(figure, parts, results["decomposition"]), output / "scaling.png", (9.5, 4.5), 100
+    )
 
 
 def summarise(points: list[Point]) -> dict:
@@ -474,7 +536,7 @@ def table(results: dict) -> str:
     for name, claim in results["claims"].items():
         verdict = "yes" if claim["agrees"] else "no"
         counts = f"{claim['points']} | {claim['inside_95']} | {claim['smallest_p']:.2g}"
-        lines.append(f"| `{CLAIMS[name][1]}` | {counts} | {verdict} |")
+        lines.append(f"| `{CLAIMS[name].formula}` | {counts} | {verdict} |")
     lines += ["", "| inequality | points | broken beyond the interval |", "|---|---|---|"]
     lines += [f"| `{row['name']}` | {row['points']} | {row['broken']} |" for row in results["inequalities"]]
     lines += ["", "| excess risk against data | fitted exponent | 95% interval |", "|---|---|---|"]
@@ -503,16 +565,15 @@ def run(output: str | Path, quick: bool = False) -> dict:
     seeds = dict(zip([*CLAIMS, "scaling"], np.random.SeedSequence(SEED).spawn(len(CLAIMS) + 1), strict=True))
     claims = {}
     for name in tqdm(CLAIMS, desc="Claims", delay=2):
-        claims[name] = CLAIMS[name][0](np.random.default_rng(seeds[name]), draws)
-        draw_claim(name, claims[name], output / f"{name}.png")
+        claims[name] = CLAIMS[name].simulate(np.random.default_rng(seeds[name]), draws)
         results["claims"][name] = {**summarise(claims[name]), "values": [asdict(point) for point in claims[name]]}
     results["inequalities"] = inequalities(claims)
     parts, results["decomposition"] = scaling(np.random.default_rng(seeds["scaling"]), 40 if quick else 400, quick)
-    draw_scaling(parts, results["decomposition"], output / "scaling.png")
     results["scaling"] = {part: [asdict(curve) for curve in curves] for part, curves in parts.items()}
     results["words"] = words(results)
     results["seconds"] = round(time.perf_counter() - started, 1)
     results = json.loads(json.dumps(results, default=float))  # plain floats, as a reader of the file gets them
+    draw(results, output)
     write_json(results, output / "results.json")
     (output / "table.md").write_text(table(results), encoding="utf-8")
     return results
@@ -522,7 +583,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Simulate the paper's theory; compare every prediction.")
     parser.add_argument("--output", required=True, help="folder for figures, table.md and results.json")
     parser.add_argument("--quick", action="store_true", help="a few seconds, wider intervals")
+    parser.add_argument("--draw", action="store_true", help="only draw the figures of the results.json in the folder")
     args = parser.parse_args()
+    if args.draw:
+        draw(json.loads((Path(args.output) / "results.json").read_text(encoding="utf-8")), Path(args.output))
+        return
     results = run(args.output, args.quick)
     print(table(results), *results["words"], sep="\n")
     print(f"\n{results['seconds']} s; figures, table.md and results.json: {args.output}")

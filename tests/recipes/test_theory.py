@@ -59,7 +59,7 @@ def test_scaling_comes_out_as_the_readme_says(quick):
 
 def test_run_writes_table_and_figures(quick):
     folder, results, printed = quick
-    figures = {f"{name}.png" for name in [*results["claims"], "scaling"]}
+    figures = {f"{name}{mode}.png" for name in [*results["claims"], "scaling"] for mode in ("", "-dark")}
     assert {path.name for path in folder.iterdir()} == figures | {"results.json", "table.md"}
     assert (folder / "table.md").read_text() in printed
     assert all(sentence in printed for sentence in results["words"])
@@ -121,6 +121,7 @@ def test_readme_is_the_kept_run(simulate):
     for sentence in results["words"]:
         assert sentence in readme
     for name in [*results["claims"], "scaling"]:
-        assert (FOLDER / f"{name}.png").is_file() and f"({name}.png)" in readme
+        for file, used in ((f"{name}.png", "src"), (f"{name}-dark.png", "srcset")):
+            assert (FOLDER / file).is_file() and f'{used}="{file}"' in readme
     assert f"{results['seed']}" in readme and f"{results['draws']:,} a point" in readme
     assert results["seconds"] < 60
