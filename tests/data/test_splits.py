@@ -1,13 +1,17 @@
 """A folder is read like the data set of the Hub that it copies; a folder of sources is read whole."""
 
+import json
+
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset_builder
 from helpers import write_jsonl
 
 from trl_mprm import load_rollouts
+from trl_mprm.cli import main
 from trl_mprm.data.shards import SplitFiles, plan_shards
 from trl_mprm.data.splits import SPLIT_WORDS, local_inputs, split_of
+from trl_mprm.selection.dataset_card import dataset_card
 from trl_mprm.selection.files import select_files
 
 
@@ -79,6 +83,29 @@ def test_a_test_split_is_never_read_for_training(tmp_path, names):
     if len(train) > 1:  # one source, as on the Hub, its lines counted through
         assert loaded["rollout_id"][:] == ["d:0", "d:1"]
     assert load_rollouts(folder / test[0])["prompt"][:] == test[:1]  # who names a file means it
+
+
+def test_select_reads_the_split_that_is_named(tmp_path, capsys):
+    folder, kept = copy_of(tmp_path / "d", LAYOUTS["shards"]), tmp_path / "kept.parquet"
+    argv = ["select", str(folder), "--output", str(kept), "--fraction", "1"]
+    for split in ("test", "train"):
+        assert main([*argv, "--split", split, "--compare"]) == 0
+        expected = sorted(name for name in LAYOUTS["shards"] if split in name)
+        assert sorted(load_rollouts(kept)["prompt"]) == expected
+        report = json.loads((tmp_path / "kept.parquet.selection.json").read_text())
+        assert report.get("split", "train") == split
+        assert ("--split test" in dataset_card("org/kept", report).text) == (split == "test")
+    assert main([*argv, "--split", "dev"]) == 2
+    assert "d: no split 'dev', found " in capsys.readouterr().err
+
+
+def test_select_says_that_it_reads_no_folder_of_save_to_disk(tmp_path, capsys):
+    rows = Dataset.from_list([stepwise("?")])
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "several")
+    rows.save_to_disk(tmp_path / "one")
+    for name in ("several", "one"):
+        assert main(["select", str(tmp_path / name), "--split", "test", "--output", str(tmp_path / "kept")]) == 2
+        assert f"{name}: expected files of rollouts, and it is a folder of save_to_disk" in capsys.readouterr().err
 
 
 def test_a_folder_of_sources_is_read_whole(tmp_path):

@@ -48,6 +48,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--output", help="where the kept rows go: *.jsonl, *.parquet, or a folder with a file per input"
     )
     command.add_argument("--compare", action="store_true", help="print a table of what each rule would keep")
+    _add_rule(command)
+    command.add_argument(
+        "--split", default="train", help="split to read of a dataset on the Hub, or of a folder with a file per split"
+    )
+    command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
+    command.add_argument(
+        "--drop-answer-step", action="store_true", help="leave out a last step that states the answer"
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="stop with an error if a row cannot be used, and write nothing"
+    )
     command.add_argument("--report", metavar="FILE", help="also write a page about the selection, *.html")
     command.add_argument(
         "--engine",
@@ -55,6 +66,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         choices=["local", "ray"],
         help="where to run: on this machine, or on a Ray cluster",
     )
+    command.add_argument(
+        "--save-to-disk", action="store_true", help="write OUTPUT as a folder for datasets.load_from_disk"
+    )
+    command.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="also publish the kept rows as a dataset on the Hub, with images and a card",
+    )
+    command.add_argument(
+        "--license", help="licence on that card; default: the licence of the source, if it is on the Hub"
+    )
+
+
+def _add_rule(command: argparse.ArgumentParser) -> None:
     rules = "; ".join(f"{rule.name}: {rule.words}" for rule in RULES.values())
     command.add_argument("--rule", default="bis", choices=list(RULES), help=rules)
     command.add_argument("--column", metavar="NAME", help="with --rule column: the field of a row to rank by")
@@ -78,24 +103,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="which of several equal scores to keep: the first in the file, or those that a seeded hash picks",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of --rule random and of --ties hash")
-    command.add_argument("--image-root", help="folder of the images; default: the folder of each file")
-    command.add_argument(
-        "--drop-answer-step", action="store_true", help="leave out a last step that states the answer"
-    )
-    command.add_argument(
-        "--strict", action="store_true", help="stop with an error if a row cannot be used, and write nothing"
-    )
-    command.add_argument(
-        "--save-to-disk", action="store_true", help="write OUTPUT as a folder for datasets.load_from_disk"
-    )
-    command.add_argument(
-        "--push-to-hub",
-        metavar="ORG/NAME",
-        help="also publish the kept rows as a dataset on the Hub, with images and a card",
-    )
-    command.add_argument(
-        "--license", help="licence on that card; default: the licence of the source, if it is on the Hub"
-    )
 
 
 def select(args: argparse.Namespace) -> int:
@@ -122,6 +129,7 @@ def select(args: argparse.Namespace) -> int:
         column=args.column,
         image_root=args.image_root,
         drop_answer_step=args.drop_answer_step,
+        split=args.split,
         strict=args.strict,
         save_to_disk=args.save_to_disk,
         push_to_hub=args.push_to_hub,
@@ -158,6 +166,7 @@ def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:
         by=args.by,
         image_root=args.image_root,
         drop_answer_step=args.drop_answer_step,
+        split=args.split,
         engine=args.engine,
     )
     header, *rows = comparison_table(table)

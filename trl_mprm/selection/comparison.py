@@ -50,6 +50,7 @@ def compare_rules(
     image_root: str | os.PathLike | None = None,
     drop_answer_step: bool = False,
     engine: str = "local",
+    split: str = "train",
 ) -> dict[str, dict]:
     """
     Describe the full data and the subset of each rule that needs step scores alone.
@@ -76,7 +77,7 @@ def compare_rules(
     ```
     """
     parameters = {"fraction": fraction, "alpha": alpha, "ties": ties, "seed": seed, "by": column_to_cut_by(by)}
-    shards, table = plan_shards(local_inputs(inputs)), {}
+    shards, table = plan_shards(local_inputs(inputs, split)), {}
     # The corpus is read once for all rules that need the steps alone, and once per rule whose column the rows have.
     readings = [[CutSpec(rule, **parameters) for rule in STEP_RULES]]
     readings += [[CutSpec(rule, **parameters)] for rule in COLUMN_RULES if _has_column(shards, rule)]

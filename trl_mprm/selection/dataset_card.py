@@ -37,6 +37,7 @@ def dataset_card(repo_id: str, report: dict, license: str | None = None) -> Data
     hub_ids = [item for item in report["inputs"] if is_hub_id(item)]
     entry = rule_of_report(report)
     words = ["trl-mprm", "select", *report["inputs"], "--rule", entry.name, "--fraction", str(report["fraction"])]
+    words += ["--split", report["split"]] if "split" in report else []
     words += ["--column", report["column"]] if "column" in report else []
     words += [] if report["alpha"] is None else ["--alpha", str(report["alpha"])]
     words += ["--by", "corpus"] if report["by"] == "corpus" else []

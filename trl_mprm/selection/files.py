@@ -38,6 +38,7 @@ def select_files(
     license: str | None = None,
     engine: str = "local",
     page: str | os.PathLike | None = None,
+    split: str = "train",
 ) -> dict:
     """
     Select from files to files: keep the rows that [`select`] keeps of [`load_rollouts`], in their own format.
@@ -76,6 +77,8 @@ def select_files(
             `"local"` runs one process per core, `"ray"` the workers of a Ray cluster. Both give the same bytes.
         page (`str` or path, *optional*):
             Also write an HTML page about the selection to this path, see [`~trl_mprm.selection.page`].
+        split (`str`, *optional*, defaults to `"train"`):
+            Split to read of a dataset on the Hub, or of a folder with splits in its names, as in [`load_rollouts`].
 
     Returns:
         `dict`: The content of `selection.json`. [`report_table`] turns it into table rows.
@@ -100,7 +103,7 @@ def select_files(
         from . import publish
 
         publish.check_name(push_to_hub)
-    shards = plan_shards(local_inputs(inputs))
+    shards = plan_shards(local_inputs(inputs, split))
     writer = SelectionWriter(Path(output), shards, inputs, save_to_disk, image_root, page)
 
     with find_engine(engine)(shards, image_root, drop_answer_step, spec=spec) as run:
@@ -125,6 +128,7 @@ def select_files(
                 "inputs": writer.inputs,
                 "images": "checked" if cut.check_images else "not checked",
                 "drop_answer_step": drop_answer_step,
+                **({} if split == "train" else {"split": split}),
             }
             if warning := all_wrong_warning(report):
                 logger.warning(warning)
