@@ -152,11 +152,6 @@ def input_files(name: str | os.PathLike) -> list[Path]:
         files = [Path(match) for match in sorted(glob.glob(str(name), recursive=True)) if not _aside(Path(match))]
     else:
         raise FileNotFoundError(f"{name}: no such file or folder, and no dataset id (org/name) of the Hub")
-    if not files and any((path / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
-        raise FileNotFoundError(
-            f"{name}: expected files of rollouts, and it is a folder of save_to_disk: write a file with .to_parquet, or "
-            "select in Python, with select(load_rollouts(...))"
-        )
     if not files:
         raise FileNotFoundError(f"{name}: expected *.jsonl files with rollouts, found none")
     for file in files:

@@ -99,6 +99,11 @@ def split_of(path: str) -> str | None:
 
 
 def _folder_files(folder: Path, split: str, name: str | None) -> Paths:
+    if any((folder / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
+        raise ValueError(
+            f"{folder}: expected files of rollouts, and it is a folder of save_to_disk: write a file with .to_parquet, or "
+            "select in Python, with select(load_rollouts(...))"
+        )
     readme = folder / "README.md"
     if name is not None or (
         readme.is_file() and "data_files:" in readme.read_text(encoding="utf-8", errors="replace")
