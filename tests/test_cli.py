@@ -332,6 +332,13 @@ def test_the_fields_of_a_training_are_those_of_its_classes():
     assert check_train(good)["learning_rate"] == "1e-3" and check_train(good)["model_name_or_path"] == "org/name"
 
 
+def test_4_bit_without_bitsandbytes_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    for argv in (["--load_in_4bit"], ["--load_in_4bit", "true", "--smoke"]):
+        assert main(["train", "--model_name_or_path", "org/name", "--dataset_name", "org/rows", *argv]) == 2
+        assert capsys.readouterr().err == 'error: load_in_4bit needs bitsandbytes: pip install "trl-mprm[qlora]"\n'
+
+
 def test_fraction_alone_selects_by_bis_and_the_log_says_what_was_kept(rollouts, tiny_folders, tmp_path, capsys):
     argv = {"dataset_name": rollouts, "image_root": rollouts, "model_name_or_path": tiny_folders["qwen2_5_vl"]}
     argv |= {"output_dir": tmp_path, "max_steps": 1, "report_to": "none", "use_cpu": True, "fraction": 0.25}

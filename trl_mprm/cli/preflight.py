@@ -50,6 +50,8 @@ def check_train(argv: list[str]) -> dict[str, Any]:
                 raise ValueError(f"{name} belongs to a selection: set rule (as bis) or fraction with it")
     else:
         _check_selection(given)
+    if str(given.get("load_in_4bit", False)).lower() in ("true", "1") and not importlib.util.find_spec("bitsandbytes"):
+        raise ImportError('load_in_4bit needs bitsandbytes: pip install "trl-mprm[qlora]"')
     if "smoke" not in given:  # a smoke run has stand-ins for all of these
         _check_here(given)
     return given
