@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from trl_mprm.cli import main
 from trl_mprm.demo.corpus import write_corpus
 from trl_mprm.demo.settings import DEMO
 from trl_mprm.evaluation.published_results import TABLES
+from trl_mprm.plotting import save_light_and_dark
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -130,3 +132,14 @@ def test_config_with_an_unknown_key_is_one_line(tmp_path, capsys):
     assert main(["train", "--dataset_name", "nowhere", "--output_dir", str(tmp_path / "y")]) == 2
     assert "set model_name_or_path" in capsys.readouterr().err
     assert not (tmp_path / "y").exists()
+
+
+def test_the_picture_of_the_concepts_shows_what_the_page_works_out(tmp_path):
+    concepts = runpy.run_path(str(RECIPES / "concepts.py"))
+    page = (RECIPES / "concepts.md").read_text()
+    for name, (words, scores) in concepts["EXAMPLES"].items():
+        assert f'"{name}: {words}": {scores},' in page
+    rollouts = concepts["corpus"](200)
+    assert len(rollouts) == 200 and all(0 <= score <= 1 for scores in rollouts for score in scores)
+    paths = save_light_and_dark(lambda figure: concepts["draw"](figure, rollouts), tmp_path / "concepts.png")
+    assert all(path.stat().st_size > 10_000 for path in paths)
