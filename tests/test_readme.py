@@ -1,24 +1,119 @@
-"""The README quotes the kept run, word by word."""
+"""The front page: short, true to its sources, and its recipe is the YAML's. Its blocks are run by tests/docs."""
 
+import ast
 import json
 import re
+import tomllib
+from dataclasses import fields
 from pathlib import Path
+
+import numpy as np
+import pytest
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_mprm import ProcessRewardConfig, add_bis, load_rollouts
+from trl_mprm.cli.train import DataArguments
+from trl_mprm.demo.corpus import write_corpus
+from trl_mprm.demo.settings import DEMO
 
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_figures_are_those_of_the_kept_run():
+def block(beginning: str) -> str:
+    """The text of the one fenced block that holds some words."""
+    (found,) = [
+        text for text in re.findall(r"^```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) if beginning in text
+    ]
+    return found
+
+
+def test_the_front_page_is_short():
+    assert len(README.split()) <= 1200
+
+
+def test_badges_and_extras_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"badge/license-{project['license']}-" in README
+    assert f"badge/python-{project['requires-python'].removeprefix('>=')}%2B-" in README
+    table = README.split("| extra | for |\n|---|---|\n")[1].split("\n\n")[0]
+    assert set(project["optional-dependencies"]) == {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE), "dev"}
+
+
+def test_the_row_is_one_that_select_reads(tmp_path):
+    row = json.loads(block('"mc_scores"'))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (read,) = load_rollouts(tmp_path / "rows.jsonl", image_root=ROOT)
+    assert len(read["images"]) == 1 and read["completions"] == row["completions"]
+    assert read["mc_scores"] == pytest.approx(row["mc_scores"]) and read["source"] == row["source"]
+
+
+@pytest.mark.slow
+def test_the_recipe_is_the_yaml(tiny_folders, tmp_path, monkeypatch):
+    """The recipe runs on a tiny model and a small corpus, and every setting is that of the YAML file."""
+    recipe = ROOT / "recipes" / "qwen2_5_vl_7b_bis10_qlora.yaml"
+    write_corpus(tmp_path / "data", 12, DEMO.policy, np.random.default_rng(0))
+    monkeypatch.chdir(tmp_path)
+    parser = TrlParser((DataArguments, ProcessRewardConfig, ModelConfig))
+    data, args, model = parser.parse_args_and_config(["--config", str(recipe), "--use_cpu"])
+    text = block("Qwen2.5-VL-7B-Instruct")
+    for theirs, ours in {
+        f'"{data.dataset_name}"': repr(str(tmp_path / "data" / "annotations")),
+        f'"{data.image_root}"': repr(str(tmp_path / "data")),
+        f'"{model.model_name_or_path}"': repr(tiny_folders["qwen2_5_vl"]),
+        "ProcessRewardConfig(\n": "ProcessRewardConfig(\n        use_cpu=True,\n",
+        "trainer.push_to_hub()\n": "",
+    }.items():
+        assert text.count(theirs) == 1, theirs
+        text = text.replace(theirs, ours)
+    names: dict = {}
+    exec(compile(text, "README.md", "exec"), names)
+    assert names["trainer"].state.global_step == 1
+
+    def made(function: str):
+        """What the recipe passes to the trainer, before the trainer fills it in."""
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        (call,) = [call for call in calls if ast.unparse(call.func) == function]
+        return eval(ast.unparse(call), names)
+
+    args.model_init_kwargs = {"dtype": model.dtype}
+    ours = made("ProcessRewardConfig")
+    for field in fields(ProcessRewardConfig):
+        assert getattr(ours, field.name) == getattr(args, field.name), field.name
+    theirs = get_quantization_config(model).to_dict()
+    theirs.pop("bnb_4bit_quant_storage")  # how the bytes are kept, for FSDP
+    assert made("BitsAndBytesConfig").to_dict().items() >= theirs.items()
+    ours, theirs = (vars(config) for config in (made("LoraConfig"), get_peft_config(model)))
+    assert {name for name in ours if str(ours[name]) != str(theirs[name])} <= {"task_type"}  # the trainer sets it
+    report = names["best"].report
+    assert all(report[name] == getattr(data, name) for name in ("rule", "fraction", "ties"))
+    assert names["scored"][0]["bis"] == add_bis(names["scored"][0], alpha=data.alpha)["bis"]
+    assert names["scored"].num_rows == report["total"]["valid"]
+
+
+def test_the_evidence_is_quoted_as_it_was_kept():
+    section = README.split("<!-- evidence -->")[1].split("<!-- /evidence -->")[0]
+    kept = (ROOT / "recipes" / "study" / "table.md").read_text()
+    verdict = json.loads((ROOT / "recipes" / "demo" / "results.json").read_text())["verdict"]
+    kept += re.sub(r"points F1 \(95% interval ", "(", " ".join(json.dumps(answer) for answer in verdict.values()))
+    quoted = re.findall(r"([+-][\d.]+)(?: points F1)? \((?:95% interval )?([+-][\d.]+) to ([+-][\d.]+)", section)
+    assert len(quoted) >= 3 and "Not run" in section
+    for mean, low, high in quoted:
+        assert f"{mean} ({low} to {high}" in kept
+
+
+def test_figures_of_the_demo_are_those_of_the_kept_run():
     results = json.loads((ROOT / "recipes" / "demo" / "results.json").read_text())
-    for readme in (ROOT / "README.md", ROOT / "recipes" / "demo" / "README.md"):
-        lines = [line.split() for line in readme.read_text().splitlines()]
-        for subset, metrics in results["summary"]["subsets"].items():
-            row = next(line for line in lines if line[:1] == [subset])
-            for name in ("macro_f1_step_weighted", "auc"):
-                assert f"{100 * metrics[name]['mean']:.1f}" in row
-        for answer in results["verdict"].values():
-            if isinstance(answer, dict):
-                assert answer["words"] in readme.read_text()
+    page = (ROOT / "recipes" / "demo" / "README.md").read_text()
+    lines = [line.split() for line in page.splitlines()]
+    for subset, metrics in results["summary"]["subsets"].items():
+        row = next(line for line in lines if line[:1] == [subset])
+        for name in ("macro_f1_step_weighted", "auc"):
+            assert f"{100 * metrics[name]['mean']:.1f}" in row
+    for answer in results["verdict"].values():
+        if isinstance(answer, dict):
+            assert answer["words"] in page
     assert not results["quick"] and not results["qlora"]
 
 
@@ -33,7 +128,7 @@ def test_the_second_run_of_the_demo_is_told_as_it_came_out():
 
 
 def test_the_tree_names_every_wing_and_only_files_that_exist():
-    tree, wing, named = (ROOT / "README.md").read_text().split("## The tree")[1], None, set()
+    tree, wing, named = (ROOT / ".github" / "CONTRIBUTING.md").read_text().split("### The tree")[1], None, set()
     for line in tree.split("trl_mprm/\n")[1].split("recipes/")[0].splitlines():
         names = re.match(r" *((?:[\w/.]+, )*[\w/.]+)", line)[1].split(", ")
         wing = names[0] if line[2] != " " else wing
@@ -62,11 +157,3 @@ def test_pages_name_files_that_exist():
     page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
     for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page):
         assert any((ROOT / part / name).exists() for part in ("", "trl_mprm")), f"CONTRIBUTING names {name}"
-
-
-def test_the_study_is_quoted_as_its_table_says():
-    section = (ROOT / "README.md").read_text().split("### The study")[1].split("\n## ")[0]
-    table = (ROOT / "recipes" / "study" / "table.md").read_text()
-    quoted = re.findall(r"([+-][\d.]+)(?: points F1 | AUC | )\(([+-][\d.]+) to ([+-][\d.]+)\)", section)
-    assert len(quoted) == 5
-    assert all(f"{mean} ({low} to {high})" in table for mean, low, high in quoted)

@@ -52,9 +52,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from readme_picture import PICTURE, draw_picture
+
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "recipes").glob("*.md"))  # and README.md, once it is written for this
+PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
 
 BLOCK = re.compile(
     r"(?:^<!-- (?P<note>not run|file): (?P<words>[^\n]+?) -->\n\s*)?"
@@ -139,6 +141,8 @@ class Session:
         return ""
 
     def _run_bash(self, text: str) -> str:
+        if "pip install" in text:
+            raise ValueError("pip install would change this environment: mark the block as not run")
         with tempfile.TemporaryDirectory() as own, socket.socket(socket.AF_UNIX) as server:
             address, client = f"{own}/socket", Path(own, "trl-mprm")
             client.write_text(CLIENT.format(python=sys.executable, address=address))
@@ -331,6 +335,8 @@ def main() -> int:
         failed |= any("fails\n" in one for one in wrong) or bool(wrong and not args.update)
         if args.update and wrong:
             path.write_text(page, encoding="utf-8")
+        if args.update and path.resolve() == PAGES[0]:
+            PICTURE.write_text(draw_picture(), encoding="utf-8")
     return int(failed)
 
 

@@ -1,13 +1,18 @@
 """The pages run: every block of README.md and of the guides, see pages.py; and what the runner itself must catch."""
 
 import pytest
-from pages import PAGES, ROOT, run_page
+from pages import PAGES, ROOT, run_page, same
+from readme_picture import PICTURE, draw_picture
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_blocks_of_a_page_print_what_it_shows(page, tmp_path):
     _, wrong = run_page(page, tmp_path)
     assert not wrong, "\n".join([*wrong, f"to write it into the page: python tests/docs/pages.py --update {page}"])
+
+
+def test_the_picture_of_the_readme_is_what_the_model_says():
+    assert same(PICTURE.read_text(encoding="utf-8"), draw_picture()), "python tests/docs/pages.py --update README.md"
 
 
 def page_of(*blocks: str) -> str:
