@@ -156,7 +156,7 @@ def make_trainer(tiny_folders, architecture, tmp_path, rows, peft_config=None, q
 
 @dataclass(frozen=True)
 class Backbone:
-    """What differs: the table of the README, one line a backbone."""
+    """What differs: the table of recipes/train.md, one line a backbone."""
 
     decoder: str
     quantised: int
