@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test test-lowest lint install
+.PHONY: demo study model_cards test test-lowest lint install
 
 # make demo            the main job on the embedded default, about eight minutes on two cores
 # make demo QUICK=1    smaller, one seed, about two minutes
@@ -13,6 +13,16 @@ demo: install
 # make study           the paper's study in miniature, about three hours on two cores; stopped, it goes on when started again
 study: install
 	$(BIN)/python recipes/study/study.py
+
+# make model_cards     the cards of the demo's first seed, copied and rendered again
+SEED ?= 11
+model_cards: install
+	@ls runs/demo/seed-$(SEED)/*/model_card.json > /dev/null
+	rm -f model_cards/miniature-mprm-*
+	@for record in runs/demo/seed-$(SEED)/*/model_card.json; do \
+		card=model_cards/miniature-mprm-$$(basename $$(dirname $$record)); \
+		cp $$record $$card.json && $(BIN)/trl-mprm card $$card.json --output $$card.md || exit 1; \
+	done
 
 # make test            everything, two test files at once, one thread each
 test: install

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,17 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from trl_mprm import ProcessRewardConfig, ProcessRewardModel, ProcessRewardTrainer, select
-from trl_mprm.cards.model_card import add_eval_results, benchmark_facts, read_record, render_card
+from trl_mprm.cards.model_card import (
+    PUBLISHED_BENCHMARKS,
+    add_eval_results,
+    benchmark_facts,
+    read_record,
+    render_card,
+)
 from trl_mprm.cli import main
+from trl_mprm.evaluation.benchmarks import BENCHMARKS
 from trl_mprm.evaluation.metrics import step_metrics
+from trl_mprm.serving.export import check_exportable
 
 
 KEPT = Path(__file__).parents[2] / "model_cards"
@@ -28,7 +37,8 @@ METRICS = step_metrics([[1, -1], [1, 1, -1], [-1]], [[0.9, 0.2], [0.8, 0.6, 0.4]
 def trained(model: str, folder: Path, **config) -> ProcessRewardTrainer:
     rows = Dataset.from_list([row | {"mc_scores": row["labels"]} for row in make_rows(images=False)])
     kept = select(rows, "random", fraction=0.5, seed=3)
-    args = ProcessRewardConfig(str(folder), use_cpu=True, report_to="none", max_steps=1, save_strategy="no", **config)
+    config = {"report_to": "none"} | config
+    args = ProcessRewardConfig(str(folder), use_cpu=True, max_steps=1, save_strategy="no", **config)
     trainer = ProcessRewardTrainer(model, args, train_dataset=rows.select(kept.indices), selection=kept.report)
     trainer.train()
     trainer.save_model()
@@ -68,6 +78,92 @@ def test_card_is_the_rendering_of_its_record(folder, capsys):
                  "--output", str(other)]) == 0  # fmt: skip
     assert 'from_pretrained("you/prm")' in other.read_text() and "license: apache-2.0" in other.read_text()
     assert (folder / "README.md").read_text() == card
+
+
+def test_card_shows_what_the_selection_changed(folder):
+    """The figures of the report, before and after, for all sources and for each."""
+    card, selection = (folder / "README.md").read_text(), read_record(folder)["selection"]
+    (all_mixed, kept_mixed), valid = selection["mixed_share"], selection["valid"]
+    assert f"| rollouts | {valid} | 4 |" in card and valid == 8
+    assert f"| mixed rollouts (good and bad steps) | {100 * all_mixed:.1f}% | {100 * kept_mixed:.1f}% |" in card
+    assert "| mean Monte Carlo score of a step | {:.3f} | {:.3f} |".format(*selection["mean_mc"]) in card
+    before, after = selection["sources"]["a"]["mixed_share"]
+    assert f"| a | 4 | 0 | 4 | 2 | {100 * before:.1f}% | {100 * after:.1f}% | " in card
+
+
+def test_card_says_what_was_not_tested(folder):
+    card, record = (folder / "README.md").read_text(), read_record(folder)
+    assert "- VisualProcessBench, ProcessBench and PRMBench as published.\n- Choosing among candidates" in card
+    record["benchmarks"] = {
+        "ProcessBench": benchmark_facts(METRICS, "Qwen/ProcessBench"),
+        "ours": {"dataset_id": None, "n_questions": 3, "accuracy_mean": 0.5, "intervals": {}},
+    }
+    card = str(render_card(record))
+    assert "- VisualProcessBench and PRMBench as published.\n- Reinforcement learning" in card
+    published = {entry.hub_id: entry.title for entry in BENCHMARKS.values() if entry.hub_id}
+    assert PUBLISHED_BENCHMARKS == published
+
+
+def test_front_matter_names_base_data_by_commit_and_emissions(folder):
+    record = read_record(folder)
+    data = render_card(record).data
+    assert (data.pipeline_tag, data.license, data.base_model, data.datasets) == (
+        "text-classification", "mit", None, "org/rollouts",
+    )  # fmt: skip
+    assert record["training"]["emissions"] is None  # nothing measured them
+    assert "co2" not in str(data) and "dataset_revisions" not in str(data) and "CO2" not in str(render_card(record))
+    record |= {"base_model": "org/base", "base_model_on_hub": True, "images": True}
+    record["dataset"]["revision"] = "a" * 40
+    record["selection"]["input_revisions"] = {"org/all-rollouts": "b" * 40}
+    record["training"] |= {"lora": {"r": 4, "alpha": 8}, "emissions": {
+        "emissions": 0.0123, "energy_consumed": 0.05, "duration": 61.0, "country_name": "Norway",
+        "codecarbon_version": "3.3.2"}}  # fmt: skip
+    card = ModelCard(str(render_card(record)))
+    assert (card.data.pipeline_tag, card.data.base_model) == ("image-text-to-text", "org/base")
+    assert card.data.base_model_relation == "adapter" and card.data.library_name == "peft"
+    assert card.data.datasets == ["org/rollouts", "org/all-rollouts"]
+    assert card.data.dataset_revisions == {"org/rollouts": "a" * 40, "org/all-rollouts": "b" * 40}
+    assert (
+        card.data.co2_eq_emissions["emissions"] == 12.3 and card.data.co2_eq_emissions["source"] == "codecarbon 3.3.2"
+    )
+    assert (
+        "| emissions, measured by codecarbon 3.3.2 | 12.3 g of CO2 equivalent, 0.05 kWh in 61 seconds |" in card.text
+    )
+
+
+def test_emissions_are_those_that_codecarbon_measured(tiny_folders, tmp_path):
+    pytest.importorskip("codecarbon")
+    trainer = trained(tiny_folders["qwen2"], tmp_path / "out", report_to="codecarbon")
+    measured = read_record(tmp_path / "out")["training"]["emissions"]
+    assert measured["duration"] > 0 and measured["energy_consumed"] > 0
+    assert f"{1000 * measured['emissions']:.3g} g of CO2 equivalent" in (tmp_path / "out" / "README.md").read_text()
+    assert trainer.args.report_to == ["codecarbon"]
+
+
+def test_the_commands_of_a_card(folder, tmp_path, monkeypatch):
+    """The export that it shows is a folder for vLLM; the Dockerfile is that of recipes/space."""
+    card = (folder / "README.md").read_text()
+    commands = re.findall(r"^trl-mprm .*", card.replace("  #", "\n#"), flags=re.MULTILINE)
+    assert commands[:2] == ["trl-mprm serve tiny-mprm --ui", "trl-mprm export tiny-mprm exported"]
+    shutil.copytree(folder, tmp_path / "tiny-mprm")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(commands[1])[1:]) == 0
+    assert (tmp_path / "exported" / "check.py").is_file() and (tmp_path / "exported" / "SERVE.md").is_file()
+    ours = card.split("```dockerfile\n")[1].split("```")[0].replace("MODEL=tiny-mprm", "MODEL=you/your-mprm")
+    recipe = (KEPT.parent / "recipes" / "space" / "Dockerfile").read_text().splitlines()
+    assert ours.splitlines() == [line for line in recipe if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "internvl", "idefics3"])
+def test_card_shows_vllm_where_the_export_takes_the_model(architecture, tiny_folders, tmp_path):
+    trained(tiny_folders[architecture], tmp_path / "out")
+    prm = ProcessRewardModel.from_pretrained(tmp_path / "out")
+    try:
+        check_exportable(prm)
+        taken = True
+    except ValueError:
+        taken = False
+    assert taken == ("trl-mprm export" in (tmp_path / "out" / "README.md").read_text()) == (architecture == "llama")
 
 
 def test_results_go_into_the_record_and_edited_text_stays(folder):

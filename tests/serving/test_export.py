@@ -14,9 +14,10 @@ from trl_mprm import ProcessRewardModel, StepFormat
 from trl_mprm.cli import main
 from trl_mprm.models.adapters import fill_peft_config
 from trl_mprm.models.loading import add_marker, load_model, load_processing_class
+from trl_mprm.models.vllm import SERVED
 from trl_mprm.prompting.rendering import render_rows
 from trl_mprm.prompting.tokens import tokenizer_of
-from trl_mprm.serving.export import SERVED, example_rows, export_for_vllm
+from trl_mprm.serving.export import example_rows, export_for_vllm
 from trl_mprm.serving.messages import pooling_request
 from trl_mprm.serving.server import create_app
 

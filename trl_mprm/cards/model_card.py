@@ -10,6 +10,7 @@ Rendered by `templates/model_card.md` it becomes the `README.md` of the model. `
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,27 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..files import atomic_output, write_json
-from ..text import code, markdown
+from ..text import code, markdown, one_line
 from .measures import MEASURES
 
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "model_card.md"
 
 RECORD = "model_card.json"
+
+# The published benchmarks; a card says of each that has no result that the model was not tested on it.
+PUBLISHED_BENCHMARKS = {
+    "OpenGVLab/VisualProcessBench": "VisualProcessBench",
+    "Qwen/ProcessBench": "ProcessBench",
+    "hitsmy/PRMBench_Preview": "PRMBench",
+}
+
+# What a selection changes: words, and the key of the share of all valid rollouts and of the kept ones.
+SELECTION_ROWS = (
+    ("mixed rollouts (good and bad steps)", "mixed_share"),
+    ("steps in error (Monte Carlo score 0)", "error_step_share"),
+    ("mean Monte Carlo score of a step", "mean_mc"),
+)
 
 # Further entries of a card about a benchmark.
 BENCHMARK_FACTS = ("n_solutions", "n_correct", "n_incorrect", "n_questions", "threshold", "threshold_protocol")
@@ -41,17 +56,47 @@ def render_card(record: dict[str, Any]) -> ModelCard:
     """Render the card of a record; the same record always gives the same bytes."""
     results = [entry for title, facts in record["benchmarks"].items()
                for entry in eval_results(facts["dataset_id"], facts, title)]  # fmt: skip
+    revisions = _dataset_revisions(record)
+    on_hub, lora, emissions = record["base_model_on_hub"], record["training"]["lora"], _emissions(record)
     data = ModelCardData(
-        base_model=record["base_model"] if record["base_model_on_hub"] else None,
-        datasets=record["dataset"]["name"] if record["dataset"]["on_hub"] else None,
-        library_name="peft" if record["training"]["lora"] else "transformers",
+        base_model=record["base_model"] if on_hub else None,
+        base_model_relation=("adapter" if lora else "finetune") if on_hub else None,
+        datasets=[*revisions] if len(revisions) > 1 else next(iter(revisions), None),
+        dataset_revisions={name: revision for name, revision in revisions.items() if revision} or None,
+        library_name="peft" if lora else "transformers",
+        pipeline_tag="image-text-to-text" if record["images"] else "text-classification",
+        co2_eq_emissions=emissions,
         tags=record["tags"],
         license=record["license"],
         model_name=record["name"] if results else None,
         eval_results=results or None,
     )
-    words = {"text": markdown, "code": code, "python": _python}
-    return ModelCard.from_template(data, template_path=TEMPLATE, measures=MEASURES, **words, **record)
+    words = {"text": markdown, "code": code, "python": _python, "shell": _shell}
+    tested = {facts["dataset_id"] for facts in record["benchmarks"].values()}
+    untested = [title for name, title in PUBLISHED_BENCHMARKS.items() if name not in tested]
+    shown = {"measures": MEASURES, "selection_rows": SELECTION_ROWS, "untested": untested}
+    return ModelCard.from_template(data, template_path=TEMPLATE, **shown, **words, **record)
+
+
+def _dataset_revisions(record: dict[str, Any]) -> dict[str, str | None]:
+    """The data sets on the Hub that the model was trained on or its rows were selected from, each with its commit."""
+    dataset, selection = record["dataset"], record["selection"] or {}
+    own = {dataset["name"]: dataset["revision"]} if dataset["on_hub"] else {}
+    return own | (selection.get("input_revisions") or {})
+
+
+def _emissions(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The entry of the Hub for what codecarbon measured, in grams of CO2 equivalent."""
+    measured = record["training"].get("emissions")
+    if measured is None:
+        return None
+    return {
+        "emissions": round(1000 * measured["emissions"], 3),
+        "source": f"codecarbon {measured['codecarbon_version']}",
+        "training_type": "fine-tuning",
+        "geographical_location": measured["country_name"],
+        "hardware_used": record["training"]["device"],
+    }
 
 
 def write_card(folder: str | os.PathLike, record: dict[str, Any]) -> Path:
@@ -164,6 +209,11 @@ def add_eval_results(
 def _python(value: Any) -> str:
     """Write a value as a Python literal, so that text of a record cannot end the string that it is part of."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _shell(name: str) -> str:
+    """Write a name as one word of a shell command on one line."""
+    return shlex.quote(one_line(name))
 
 
 def _protocol(metrics: dict[str, Any]) -> str:

@@ -28,20 +28,11 @@ from peft import PeftModel
 from PIL import Image, ImageDraw
 
 from ..files import write_json
-from ..models.classifier import StepClassifier
+from ..models.vllm import why_not_in_vllm
 from ..prompting.tokens import tokenizer_of
 from ..scoring import ProcessRewardModel
 from . import check
 from .messages import GOOD, TASK, pooling_request
-
-
-# Architectures whose export was served by vLLM 0.32 and gave our scores (recipes/serve has the record).
-SERVED = (
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-)
 
 
 def export_for_vllm(prm: ProcessRewardModel, folder: str | os.PathLike, name: str = "prm") -> dict[str, str]:
@@ -96,24 +87,9 @@ def export_for_vllm(prm: ProcessRewardModel, folder: str | os.PathLike, name: st
 
 def check_exportable(prm: ProcessRewardModel) -> None:
     """Raise `ValueError` where vLLM cannot read this model's rewards, with the reason."""
-    step_format, architecture = prm.step_format, type(prm.model).__name__
-    if isinstance(prm.model, StepClassifier):
-        raise ValueError(
-            "a checkpoint with a classification head needs no export: vLLM loads it by its own class "
-            "(--runner pooling), see the model's page; or serve it with `trl-mprm serve`"
-        )
-    if step_format.messages is not None:
-        raise ValueError(
-            "this published layout spreads question and steps over turns of its own, which no chat template writes from "
-            "a question and its steps: serve it with `trl-mprm serve`"
-        )
-    if architecture not in SERVED:
-        raise ValueError(
-            f"vLLM did not give equal scores for {architecture} when we tried; expected one of {', '.join(SERVED)}: "
-            "serve it with `trl-mprm serve`"
-        )
-    if prm.processing_class.chat_template is None:
-        raise ValueError("the tokenizer has no chat template, and vLLM takes conversations: save one with it")
+    why = why_not_in_vllm(prm.model, prm.processing_class, prm.step_format)
+    if why is not None:
+        raise ValueError(why)
 
 
 def chat_template_of_steps(template: str) -> str:

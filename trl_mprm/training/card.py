@@ -17,10 +17,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
+from transformers.integrations import CodeCarbonCallback
 
 from ..data.hub import is_hub_id, public_name
 from ..data.rows import IGNORE_INDEX
 from ..models.anatomy import is_vision_language
+from ..models.vllm import why_not_in_vllm
 from ..prompting.tokens import texts_of
 from .checks import arrow_columns
 
@@ -30,6 +32,11 @@ LIBRARIES = ("trl-mprm", "trl", "transformers", "peft", "datasets", "torch")
 SELECTION_FACTS = ("rule", "fraction", "by", "alpha", "ties", "seed", "revision")
 
 SOURCE_FACTS = ("read", "refused", "valid", "kept", "cut_score")
+
+SHARES = ("mixed_share", "error_step_share", "mean_mc")
+
+# What codecarbon measured: kg of CO2 equivalent, kWh, seconds.
+EMISSION_FACTS = ("emissions", "energy_consumed", "duration", "country_name", "codecarbon_version")
 
 EVALUATION_FACTS = ("eval_loss", "eval_macro_f1_pooled", "eval_auc")
 
@@ -62,18 +69,44 @@ def run_record(trainer: Trainer, dataset: dict[str, Any], names: dict[str, Any])
         "license": names.get("license"),
         "tags": sorted({*trainer._tag_names, *names.get("tags", [])}),
         "images": is_vision_language(model.config),
+        "architecture": type(base).__name__,
+        "served_by_vllm": why_not_in_vllm(base, trainer.processing_class, step_format) is None,
         "step_format": {"marker": step_format.marker, "reward_tokens": step_format.reward_tokens,
                         "head": step_format.head},
-        "selection": selection and {key: selection.get(key) for key in SELECTION_FACTS} | {
-            "all_wrong": selection.get("total", {}).get("all_wrong"),
-            "kept": selection.get("total", {}).get("kept"),
-            "sources": {source: {key: facts.get(key) for key in SOURCE_FACTS}
-                        for source, facts in selection["sources"].items()},
-        },
+        "selection": selection and _selection(selection),
         "training": _training(trainer),
         "evaluation": _last_evaluation(trainer),
         "benchmarks": trainer.benchmarks,
     }  # fmt: skip
+
+
+def _selection(report: dict[str, Any]) -> dict[str, Any]:
+    total = report.get("total", {})
+    return {key: report.get(key) for key in SELECTION_FACTS} | {
+        "input_revisions": report.get("input_revisions"),
+        **{key: total.get(key) for key in ("all_wrong", "valid", "kept")},
+        **_before_and_after(total),
+        "sources": {
+            source: {key: facts.get(key) for key in SOURCE_FACTS} | _before_and_after(facts)
+            for source, facts in report["sources"].items()
+        },
+    }
+
+
+def _before_and_after(facts: dict[str, Any]) -> dict[str, list[float | None]]:
+    """`{"mixed_share": [of all valid rollouts, of the kept ones], ...}`; empty for a report that has no shares."""
+    return {key: [facts["before"][key], facts[key]] for key in SHARES} if "before" in facts else {}
+
+
+def _emissions(trainer: Trainer) -> dict[str, Any] | None:
+    """What codecarbon measured of this run (`report_to="codecarbon"`); `None` where it did not, or has not ended."""
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, CodeCarbonCallback)]
+    trackers = [callback.tracker for callback in callbacks if callback.tracker is not None]
+    # The tracker sets this attribute when it stops.
+    measured = [
+        vars(tracker)["final_emissions_data"] for tracker in trackers if "final_emissions_data" in vars(tracker)
+    ]
+    return {key: getattr(measured[0], key) for key in EMISSION_FACTS} if measured else None
 
 
 def _training(trainer: Trainer) -> dict[str, Any]:
@@ -99,6 +132,7 @@ def _training(trainer: Trainer) -> dict[str, Any]:
         "seed": args.seed,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "versions": {name: version(name) for name in LIBRARIES},
+        "emissions": _emissions(trainer),
     }
 
 
