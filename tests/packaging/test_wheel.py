@@ -93,6 +93,21 @@ def test_the_wheel_runs_away_from_the_repository(built, tmp_path):
     assert copy.read_bytes() == (ROOT / "recipes" / copy.name).read_bytes()
 
 
+def test_the_citation_names_the_version():
+    from trl_mprm import __version__
+
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_a_workflow_may_only_read_and_ends(path):
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 60 and job["steps"]
+        assert all(("uses" in step) != ("run" in step) for step in job["steps"])
+
+
 def test_the_release_publishes_what_was_built_and_tried():
     release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
     assert release["permissions"] == {"contents": "read"}
