@@ -1,4 +1,4 @@
-"""Step labels for your own rollouts, by Monte Carlo."""
+"""Label the steps of your own rollouts by Monte Carlo sampling."""
 
 from .annotate import annotate
 

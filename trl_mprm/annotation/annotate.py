@@ -1,11 +1,11 @@
 """
-Annotate rollouts by Monte Carlo: questions or rollouts in, rows with step scores out.
+Annotate rollouts by Monte Carlo sampling: questions or rollouts become rows with step scores.
 
     {"prompt": "add red blue", "answer": "2", "completions": ["from 0", "red is 7 total 7", "blue is 5 total 2"]}
     ->  {..., "mc_scores": [0.8125, 0.9375, 1.0], "mc_counts": [13, 15, 16], "mc_total": 16, "draws": [...]}
 
 `budget="all"` draws N continuations of every step. `budget="bis"` returns the rows that a selection by BIS would keep
-after all draws, each with all its draws, and spends on the others only what it takes to rule them out.
+after all draws, each with all its draws, and draws for the others only until they are ruled out.
 """
 
 import os
@@ -33,7 +33,7 @@ from .questions import Rollout, from_rows
 from .second import agreement, second_opinion
 
 
-RACE_BATCH = 64  # rollouts of a source that are drawn on at once
+RACE_BATCH = 64  # rollouts of a source that are annotated at once
 MAX_STEPS = 12  # of a sampled solution, as in VisualPRM400K
 
 
@@ -61,59 +61,59 @@ def annotate(
     """
     Score every step by `n` continuations of a policy, and write the rows to `output`.
 
-    Beside the output stand `NAME.draws.jsonl`, the draws that were paid for, and `NAME.annotation.json`, what was spent,
-    per source. A run that was killed is finished by running it again: it pays for no draw twice, and the result is that
-    of an uninterrupted run.
+    Two files are written beside the output: `NAME.draws.jsonl` with the draws that were paid for, and
+    `NAME.annotation.json` with what was spent per source. An interrupted run is finished by running it again: no draw is
+    paid for twice, and the result is that of an uninterrupted run.
 
     Args:
         rows (`Iterable[Mapping]`):
-            Rows with `prompt`, `answer`, and where there are any `images`, `completions`, `source`, `rollout_id`.
+            Rows with `prompt` and `answer`, and optionally `images`, `completions`, `source` and `rollout_id`.
             Questions without `completions` are solved first.
         policy (`str`, `Callable` or [`Policy`]):
-            URL of an OpenAI-compatible server (`http://...`); Hub id or folder of a model; or a function
-            `policy(images, prompt, steps, n, seed) -> list[str]`, the `n` continuations after `steps`, of which the one
-            at place `i` depends on `seed + i` alone.
+            The URL of an OpenAI-compatible server (`http://...`), the Hub id or folder of a model, or a function
+            `policy(images, prompt, steps, n, seed) -> list[str]` that returns the `n` continuations after `steps`;
+            continuation `i` must depend on `seed + i` alone.
         checker (`str` or `Callable`, *optional*):
-            `"math"` (the default), `"exact"`, `"choice"`, `"numeric"`, or a function of the text of a whole solution
-            and the answer, true where it is right.
+            `"math"` (the default), `"exact"`, `"choice"`, `"numeric"`, or a function that takes the text of a whole
+            solution and the answer, and returns whether the solution is right.
         n (`int`, *optional*, defaults to 16):
-            Continuations per step. A last step that states the final answer is checked instead. A draw that was cut off
-            is lost: not measured, and not wrong.
+            Number of continuations per step. A last step that states the final answer is checked and not sampled. A
+            draw that was cut off is lost: it counts neither as right nor as wrong.
         solutions (`int`, *optional*, defaults to 4):
-            Solutions sampled of a question that has none.
+            Number of solutions to sample for a question that has none.
         budget (`str`, *optional*, defaults to `"all"`):
-            `"all"`: every row. `"bis"`: the rows that `top_fraction(rows, fraction)` would keep by BIS.
+            `"all"` annotates every row, `"bis"` those rows that `top_fraction(rows, fraction)` would keep by BIS.
         fraction (`float`), alpha (`float`):
-            Of that selection.
+            Parameters of that selection.
         mode (`str`, *optional*, defaults to `"exact"`):
-            `"exact"`: the same rows as with all draws, always. `"confident"`: a row is given up when its BIS would
+            `"exact"` always returns the rows that all draws would give. `"confident"` gives a row up when its BIS would
             reach the cut with a probability of at most `error`, by the Beta posterior of its draws.
         error (`float`, *optional*, defaults to 0.01):
-            Of the confident mode.
+            Error probability of the confident mode, per row.
         seed (`int`, *optional*, defaults to 0):
-            Of all draws.
+            Seed of all draws.
         output (`str` or path):
-            `*.jsonl` or `*.parquet`.
+            File to write, `*.jsonl` or `*.parquet`.
         format (`str`, *optional*, defaults to `"rows"`):
-            `"visualprm-raw"`: the schema of VisualPRM400K-v1.1-Raw, in JSONL.
+            `"rows"`, or `"visualprm-raw"` for the schema of VisualPRM400K-v1.1-Raw, in JSONL.
         second (as `policy`, *optional*):
-            Another policy, or the folder of a process reward model as a judge: adds a column `agreement`, of each step
-            1.0 where both find it good or both bad.
+            Another policy, or the folder of a process reward model as a judge. Adds a column `agreement`, which is 1.0
+            for each step that both find good or both find bad.
         price (`float`, *optional*):
-            Of a million computed tokens, for the cost.
+            Price of a million computed tokens, for the cost.
         engine (`str`, *optional*, defaults to `"local"`):
-            `"ray"`: a policy on every worker of a Ray cluster, with the same result.
+            `"local"`, or `"ray"` for a policy on every worker of a Ray cluster, with the same result.
         workers (`int`, *optional*, defaults to 8):
-            Rollouts that a server draws on at the same time.
+            Number of rollouts that a server continues at the same time.
         sampling:
-            `temperature`, `top_p`, `top_k`, `max_new_tokens` of a policy that is a server or a model.
+            `temperature`, `top_p`, `top_k` and `max_new_tokens` of a policy that is a server or a model.
 
     Returns:
-        [`~datasets.Dataset`]: the rows, ready for `add_bis`, with a column `draws`: of each step the evidence.
+        [`~datasets.Dataset`]: the rows, ready for `add_bis`, with the evidence for each step in a column `draws`.
 
     Raises:
-        `ValueError`: for a row without question, answer or image, a policy that cannot be used, a checker that raises.
-        `OSError`: where draws are parked because the policy did not answer: run again.
+        `ValueError`: a row lacks a question, an answer or an image, the policy cannot be used, or the checker raises.
+        `OSError`: the policy did not answer some requests; run again to finish.
 
     Examples:
     ```python
@@ -181,7 +181,7 @@ def annotate_rollouts(
     second: str | Callable[..., list[str]] | Policy | None = None,
     **sampling: Any,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """[`annotate`] for rollouts that are read already; also returns what `NAME.annotation.json` says."""
+    """Do what [`annotate`] does for rollouts that are already read; also return the content of `NAME.annotation.json`."""
     output = Path(output)
     plan.check_output(output)
     checker_name, check = find_checker(checker)
@@ -223,7 +223,7 @@ def _policy(policy: str | Callable[..., list[str]] | Policy, plan: Plan, samplin
         yield open_policy(policy, plan.workers, **sampling)
         return
     if isinstance(policy, Policy):
-        raise ValueError("with the engine ray every worker opens its own policy: give a model, a URL, or a callable")
+        raise ValueError("with the engine ray every worker opens its own policy: give a model, a URL or a callable")
     from .engine_ray import RayPolicy  # here: Ray is an extra
 
     workers = RayPolicy(policy, **sampling)
@@ -241,8 +241,8 @@ def _nothing_measured(output: Path, rollouts: list[Rollout], progress: Progress,
                 lost.update(record["finish"])
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.most_common())
     return (
-        f"{output} is not written: not one step was measured ({reasons}): where draws end by `length`, raise "
-        "max_new_tokens, or give the model its end-of-turn token"
+        f"{output} is not written: not one step was measured ({reasons}): if draws end by `length`, raise "
+        "max_new_tokens, or set the end-of-turn token of the model"
     )
 
 
@@ -259,7 +259,7 @@ def _rows(
 
 
 def _self_confidence(rollouts: list[Rollout], tallies: list[Tally]) -> dict[tuple[str, ...], float | None]:
-    """How often the policy solves a question: the mean score of the last measured step of its rollouts."""
+    """Compute how often the policy solves a question: the mean score of the last measured step of its rollouts."""
     ends: dict[tuple[str, ...], list[float]] = {}
     for rollout, tally in zip(rollouts, tallies, strict=True):
         known = [score for score in tally.scores() if score is not None]
@@ -279,7 +279,7 @@ def _write(kept: list[tuple[Rollout, Tally]], rows: list[dict[str, Any]], plan: 
 
 
 def _solved(rollouts: list[Rollout], drawing: Drawing, solutions: int) -> tuple[list[Rollout], Counter[str]]:
-    """All rollouts in the order of their rows, questions replaced by their sampled solutions."""
+    """Return all rollouts in the order of their rows, with questions replaced by their sampled solutions."""
     questions = [rollout for rollout in rollouts if not rollout.steps]
     lost: Counter[str] = Counter()
     by_question: dict[str, list[Rollout]] = {}
@@ -312,7 +312,7 @@ def _draw_race(rollouts: list[Rollout], tallies: list[Tally], drawing: Drawing, 
 
 
 def _next_batch(races: list[tuple[Race, list[int]]]) -> Iterator[tuple[Race, int, list[int]]]:
-    """A few rollouts of each race: many at once would draw on those that one more answer rules out."""
+    """Take a few rollouts of each race: among many, some would be drawn on that one more answer rules out."""
     for race, indices in races:
         for index in race.take(max(1, min(RACE_BATCH, race.quota // 8))):
             yield race, index, indices

@@ -1,5 +1,5 @@
 """
-Which draws can still change a selection by BIS: a race of rollouts, with exact bounds or likely ones.
+Find the draws that can still change a selection by BIS: a race of rollouts, with exact or likely bounds.
 
 A rollout of three steps, N = 16 draws per step planned, alpha 0.2; so far
 
@@ -11,9 +11,9 @@ A rollout of three steps, N = 16 draws per step planned, alpha 0.2; so far
     all positive:  (1 * 0 + 0.2) * mean(1, 15/16, 12/16)      = 0.179
     step 3 is 0:   (2/3 * 1/3 + 0.2) * mean(1, 15/16)         = 0.409    its BIS after all draws is at most this
 
-The rollout with the highest bound is drawn on; ties go to the one that stands first. A source's race is over when its
-quota of finished rollouts beats the bounds of all others: these would have been kept with all draws too. Every kept
-rollout has all N draws of every step, so its scores are those of a full N and no stopping rule has touched them.
+The rollout with the highest bound gets the next draws; ties go to the one that comes first. The race of a source is over
+when its quota of finished rollouts beats the bounds of all others: all draws would have kept the same rollouts. Every
+kept rollout has all N draws of every step, so that no stopping rule biases its scores.
 """
 
 import heapq
@@ -28,8 +28,8 @@ import numpy as np
 @dataclass
 class Tally:
     """
-    The draws of one rollout, by step: `asked` of `n` were drawn, `measured` of them ended by themselves, `right` of
-    those reached the answer.
+    The draws of one rollout by step: of `n` planned draws, `asked` were made, `measured` of these ended by themselves,
+    and `right` of those reached the answer.
     """
 
     n: int
@@ -42,7 +42,7 @@ class Tally:
         return cls(n, [0] * n_steps, [0] * n_steps, [0] * n_steps)
 
     def add(self, step: int, outcomes: Sequence[bool | None]) -> None:
-        """Add draws of a step: right, wrong, or None where a draw was lost."""
+        """Add draws of a step: True for right, False for wrong, None for a lost draw."""
         self.asked[step] += len(outcomes)
         self.measured[step] += sum(outcome is not None for outcome in outcomes)
         self.right[step] += sum(outcome is True for outcome in outcomes)
@@ -53,7 +53,7 @@ class Tally:
 
     @property
     def known(self) -> bool:
-        """Whether a selection can use the rollout: at least one step is measured."""
+        """Whether a selection can use the rollout, i.e. at least one step is measured."""
         return any(self.measured)
 
     def scores(self) -> list[float | None]:
@@ -62,14 +62,14 @@ class Tally:
 
 
 def bis(n_steps: int, n_pos: int, mc_sum: float, alpha: float) -> float:
-    """The formula of the paper for one rollout, to the last bit as [`~selection.bis.score_of_sums`] has it."""
+    """Compute the BIS of one rollout, equal to the last bit to [`~selection.bis.score_of_sums`]."""
     p_pos = n_pos / n_steps
     return (p_pos * (1 - p_pos) + alpha) * (mc_sum / n_pos if n_pos else 1.0)
 
 
 def final_bis(tally: Tally, alpha: float) -> float:
     """
-    BIS of a finished rollout, as `add_bis` gives it; -1 where nothing was measured.
+    Return the BIS of a finished rollout, as `add_bis` gives it; -1 if nothing was measured.
 
     Examples:
     ```python
@@ -87,9 +87,9 @@ def final_bis(tally: Tally, alpha: float) -> float:
 
 def highest_bis(tally: Tally, alpha: float) -> float:
     """
-    The highest BIS that a rollout can have after all draws, whatever they are; -1 where it can have none.
+    Return the highest BIS that a rollout can have after all draws, whatever they are; -1 if it can have none.
 
-    Exact: no outcome of the draws that are left gives more, and where no draw can be lost one outcome gives just this.
+    The bound is exact: no outcome of the remaining draws gives more and, if no draw is lost, one outcome gives this much.
 
     Examples:
     ```python
@@ -137,7 +137,7 @@ def _sum(values: Sequence[float]) -> float:
 
 @lru_cache(maxsize=100_000)
 def beta_binomial(right: int, measured: int, left: int, prior: tuple[float, float]) -> np.ndarray:
-    """Probability of 0 to `left` more right draws, after `right` of `measured`, from the Beta posterior."""
+    """Compute the probability of 0 to `left` more right draws, given `right` of `measured`, from the Beta posterior."""
     a, b = prior[0] + right, prior[1] + measured - right
     pmf = np.ones(left + 1)
     for more in range(1, left + 1):
@@ -147,8 +147,8 @@ def beta_binomial(right: int, measured: int, left: int, prior: tuple[float, floa
 
 def fit_prior(tallies: Sequence[Tally]) -> tuple[float, float]:
     """
-    The Beta prior under which the draws of all steps are likeliest, on a grid. When to stop was decided by these draws
-    alone, so that it does not bias the likelihood.
+    Find the Beta prior, on a grid, under which the draws of all steps are most likely. The decision when to stop depends
+    on these draws alone and so does not bias the likelihood.
 
     Examples:
     ```python
@@ -164,7 +164,7 @@ def fit_prior(tallies: Sequence[Tally]) -> tuple[float, float]:
     grid = np.geomspace(0.01, 20, 30)
 
     def rising(start: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Sum over `counts` of log(start (start + 1) ... (start + count - 1)), of each `start`."""
+        """Sum log(start (start + 1) ... (start + count - 1)) over `counts`, for each `start`."""
         logs = np.log(start[..., None] + np.arange(longest)).cumsum(-1)
         return np.insert(logs, 0, 0.0, axis=-1) @ np.bincount(counts, minlength=longest + 1)
 
@@ -176,9 +176,9 @@ def fit_prior(tallies: Sequence[Tally]) -> tuple[float, float]:
 
 def likely_bis(tally: Tally, alpha: float, error: float, prior: tuple[float, float]) -> float:
     """
-    What the BIS of a rollout after all draws exceeds with a probability of at most `error`, by the Beta posterior.
+    Return the value that the final BIS of a rollout exceeds with a probability of at most `error`, by the Beta posterior.
 
-    Steps are taken as independent, and no draw that is left as lost.
+    The steps are taken to be independent, and no remaining draw to be lost.
 
     Examples:
     ```python
@@ -221,10 +221,10 @@ def likely_bis(tally: Tally, alpha: float, error: float, prior: tuple[float, flo
 
 def next_draws(tally: Tally) -> list[tuple[int, int]]:
     """
-    The draws of a rollout that lower its bound soonest, as pairs (step, how many), in the order of the steps.
+    Choose the draws of a rollout that lower its bound soonest, as pairs (step, number of draws) in step order.
 
-    Steps that were never right are drawn first, each time as often as so far: one right draw tells that a step is
-    positive. Then the step with the lowest share of right draws.
+    Steps without a right draw come first, and their number of draws doubles each time: one right draw shows that a step
+    is positive. After these comes the step with the lowest share of right draws.
 
     Examples:
     ```python
@@ -245,16 +245,16 @@ def next_draws(tally: Tally) -> list[tuple[int, int]]:
 @dataclass
 class Race:
     """
-    The race of one source. Rollouts stand in file order, which decides among equal scores.
+    The race of one source. Its rollouts are in file order, which decides among equal scores.
 
     Args:
         tallies (`list[Tally]`):
-            The draws of each rollout, changed by whoever draws.
+            The draws of each rollout; the caller updates them.
         fraction (`float`), alpha (`float`):
-            Of the selection: `max(1, int(m * fraction))` of the `m` rollouts with a measured step are kept.
+            Parameters of the selection: `max(1, int(m * fraction))` of the `m` rollouts with a measured step are kept.
         error (`float`, *optional*, defaults to `0.0`):
-            0: exact, bounds are [`highest_bis`]. Above: confident, bounds are [`likely_bis`] at this error, from a Beta
-            prior that is fitted to the draws each time these have doubled.
+            At 0 the race is exact, with the bounds of [`highest_bis`]. Above 0 it is confident, with the bounds of
+            [`likely_bis`] at this error, from a Beta prior that is fitted again whenever the draws have doubled.
     """
 
     tallies: list[Tally]
@@ -274,18 +274,18 @@ class Race:
             self.put_back(index)
 
     def put_back(self, index: int) -> None:
-        """Take note of the draws of a rollout that [`take`] gave out."""
+        """Update the bound of a rollout that [`take`] gave out, after its draws."""
         tally = self.tallies[index]
         self._measured[index] = sum(tally.measured)
         if tally.known:
             self._known.add(index)
         if tally.finished:
             insort(self.finished, (-final_bis(tally, self.alpha), index))
-        else:  # before the first measured step nobody knows whether it counts for the quota
+        else:  # it counts for the quota only once a step is measured
             heapq.heappush(self.waiting, (-self._bound(tally) if tally.known else -np.inf, index))
 
     def take(self, limit: int) -> list[int]:
-        """At most `limit` rollouts to draw on, best first; none when the race is over."""
+        """Give out at most `limit` rollouts to draw on, best first; none when the race is over."""
         if self.error:
             self._refit()
         batch = []
@@ -294,7 +294,7 @@ class Race:
         return batch
 
     def kept(self) -> list[int]:
-        """The rollouts that the selection keeps, once the race is over."""
+        """Return the rollouts that the selection keeps, once the race is over."""
         valid = [index for key, index in self.finished if key <= 0]
         return sorted(valid[: self.quota])
 

@@ -1,12 +1,12 @@
 """
-Whether a solution reaches the answer.
+Check whether a solution reaches the right answer.
 
     solution  "The sides add up.\\n\\nFinal answer: $\\\\frac{1}{2}$"     answer  "0.5"
     math      0.5 = 1/2: right           exact    other characters: wrong
     numeric   the number 1/2 is not written as one: wrong
 
-A checker is a function of the text of a whole solution and the answer that it should reach. What is compared is the
-last answer that the text states (`final_answer`), never any part of it: an answer of 5 is not found in "15".
+A checker is a function that takes the text of a whole solution and the right answer. It compares the last answer that
+the text states (`final_answer`) as a whole: an answer of 5 is not found in "15".
 """
 
 import re
@@ -20,7 +20,7 @@ STATED = re.compile(r"(?:final answer|answer)(?:\s+is)?\s*[:=]?\s*([^\n]+)", re.
 
 def final_answer(text: str) -> str | None:
     """
-    The last answer that a text states, in `\\boxed{}` or after "answer"; None where it states none.
+    Find the last answer that a text states, in `\\boxed{}` or after "answer"; None if it states none.
 
     Examples:
     ```python
@@ -46,7 +46,7 @@ def final_answer(text: str) -> str | None:
 
 def exact(text: str, answer: str) -> bool:
     """
-    The stated answer is the answer, apart from case and white space.
+    Check that the stated answer equals the right one, apart from case and white space.
 
     Examples:
     ```python
@@ -62,7 +62,7 @@ def exact(text: str, answer: str) -> bool:
 
 def choice(text: str, answer: str) -> bool:
     """
-    The letter of the stated option is that of the answer.
+    Check that the letter of the stated option is that of the answer.
 
     Examples:
     ```python
@@ -83,7 +83,7 @@ def _letter(text: str | None) -> str | None:
 
 def numeric(text: str, answer: str, tolerance: float = 1e-6) -> bool:
     """
-    The stated number is the answer, up to a relative tolerance.
+    Check that the stated number equals the answer, up to a relative tolerance.
 
     Examples:
     ```python
@@ -106,7 +106,7 @@ def _number(text: str | None) -> float | None:
 
 def math(text: str, answer: str) -> bool:
     """
-    The stated answer is mathematically equal to the answer, by `math-verify`; a letter is compared as an option.
+    Check with `math-verify` that the stated answer is mathematically equal to the right one; letters are compared as options.
 
     Examples:
     ```python
@@ -135,7 +135,7 @@ CHECKERS: dict[str, Checker] = {"math": math, "exact": exact, "choice": choice, 
 
 
 def find_checker(checker: str | Checker | None) -> tuple[str, Checker]:
-    """Name and function of a checker: one of `CHECKERS`, or a callable; None is `"math"`."""
+    """Return the name and the function of a checker, given one of `CHECKERS` or a callable; None is `"math"`."""
     if callable(checker):
         return getattr(checker, "__name__", type(checker).__name__), checker
     if (checker or "math") not in CHECKERS:

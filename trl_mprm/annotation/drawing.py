@@ -1,9 +1,9 @@
 """
-Draws of steps, paid for once: what was asked, what came, what it cost.
+Draw continuations of steps, and pay for each only once.
 
     visit   rollout "AI2D:3", steps 0, 1 and 2, four draws each
-    ->      three requests to the policy, less what the progress file already holds
-    ->      every text checked: right, wrong, or None where it was cut off
+    ->      three requests to the policy, less the draws that the progress file already holds
+    ->      every text is checked: right, wrong, or None if it was cut off
 """
 
 import hashlib
@@ -25,28 +25,28 @@ BATCH = 512  # rollouts that a policy gets at once
 
 
 def draw_seed(seed: int, rollout: str, step: int) -> int:
-    """Seed of the first draw of a step; draw `i` has this plus `i`. Below 2**31, which every server takes."""
+    """Return the seed of the first draw of a step; draw `i` adds `i` to it. It is below 2**31, which every server accepts."""
     digest = hashlib.blake2b(f"{seed}\0{rollout}\0{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % (2**31 - 2**16)
 
 
 class Drawing:
     """
-    Draws through a policy, and remembers them.
+    Draws continuations through a policy, and records them.
 
     Args:
         policy ([`Policy`]):
-            Continues solutions.
+            The policy that continues solutions.
         checker (`Callable`):
             See [`~trl_mprm.annotation.checkers`].
         progress ([`Progress`]):
-            What was paid for so far.
+            The draws that were paid for so far.
         seed (`int`):
-            Of all draws.
+            Seed of all draws.
         bar (`tqdm`):
             Shows draws, tokens and cost.
         price (`float`, *optional*):
-            Of a million tokens that were computed.
+            Price of a million computed tokens.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Drawing:
         self.spent: Counter[str] = Counter()
 
     def solve(self, questions: Sequence[Rollout], n: int, max_steps: int) -> tuple[list[Rollout], Counter[str]]:
-        """`n` sampled solutions of each question as rollouts, and how many were lost, by finish reason."""
+        """Sample `n` solutions of each question; return them as rollouts, and the number of lost ones by finish reason."""
         missing = [question for question in questions if (question.id, question.key) not in self.progress.solutions]
         requests = [Request(f"row {q.id}", q.images, q.prompt, (), n, draw_seed(self.seed, q.id, -1)) for q in missing]
         for place, _, reply in self.policy.run([[request] for request in requests]):
@@ -82,7 +82,7 @@ class Drawing:
         return rollouts, lost
 
     def tallies(self, rollouts: Sequence[Rollout], n: int) -> list[Tally]:
-        """Tallies for `n` draws per step, without a draw but for the steps that are checked."""
+        """Make the tallies for `n` draws per step; only the steps that are checked have draws yet."""
         tallies = [Tally.new(len(rollout.steps), n) for rollout in rollouts]
         for rollout, tally in zip(rollouts, tallies, strict=True):
             self._check_answer_step(rollout, tally)
@@ -90,14 +90,14 @@ class Drawing:
         return tallies
 
     def _check_answer_step(self, rollout: Rollout, tally: Tally) -> None:
-        """Count a last step that states the answer as `n` draws: all right or all wrong, none of them paid for."""
+        """Count a last step that states the answer as `n` draws, all right or all wrong, without paying for any."""
         if rollout.sampled < len(rollout.steps):
             tally.add(rollout.sampled, [self._right(rollout, "")] * tally.n)
 
     def draw(self, visits: Sequence[tuple[Rollout, Tally, Sequence[tuple[int, int]]]]) -> list[bool]:
         """
-        Draw `(step, how many)` of each rollout into its tally. Returns, for each visit, whether all of it came: what did
-        not is parked.
+        Make the draws `(step, number)` of each visit and add them to the tally of its rollout. Returns for each visit
+        whether all draws came; the others are parked.
         """
         requests: list[list[Request]] = []
         for rollout, tally, steps in visits:
@@ -128,19 +128,19 @@ class Drawing:
         return [place not in parked for place in range(len(visits))]
 
     def draw_all(self, rollouts: Sequence[Rollout], tallies: Sequence[Tally]) -> list[int]:
-        """All draws of every step. Returns the rollouts of which a step is measured."""
+        """Make all draws of every step. Returns the rollouts with at least one measured step."""
         for start in range(0, len(rollouts), BATCH):
             pairs = zip(rollouts[start : start + BATCH], tallies[start : start + BATCH], strict=True)
             self.draw([(r, tally, [(step, tally.n) for step in range(r.sampled)]) for r, tally in pairs])
         return [index for index, tally in enumerate(tallies) if tally.known]
 
     def stop_if_parked(self, output: Path) -> None:
-        """Raise `OSError` where a request has no answer."""
+        """Raise `OSError` if a request is without an answer."""
         if self.parked:
             reasons = "; ".join(f"{count} requests: {reason}" for reason, count in self.parked.most_common(3))
             raise OSError(
                 f"{output} is not written: the policy left {self.parked.total()} requests without an answer ({reasons})."
-                f" What came is kept in {self.progress.path}: run again to finish"
+                f" The answers are kept in {self.progress.path}: run again to finish"
             )
 
     def _keep(self, rollout: Rollout, request: Request, reply: Reply) -> None:
@@ -170,7 +170,7 @@ class Drawing:
         except Exception as error:  # of any kind: a checker may be the user's own code
             raise ValueError(
                 f"row {rollout.id}: the checker raised {type(error).__name__} ({error}) on {solution[-60:]!r} and "
-                f"answer {rollout.answer!r:.60}: mend it and run again, draws so far are kept"
+                f"answer {rollout.answer!r:.60}: correct it and run again; the draws so far are kept"
             ) from error
 
     def _count(self, reply: Reply) -> None:
@@ -185,5 +185,5 @@ class Drawing:
 
 
 def cost(spent: Counter[str] | dict[str, int], price: float) -> float:
-    """The cost at a price per million computed tokens: generated ones, and those of prefixes not cached."""
+    """Compute the cost of all generated tokens and of the prefix tokens that were not cached."""
     return (spent["tokens"] + spent["prompt_tokens"] - spent["cached_tokens"]) * price / 1e6

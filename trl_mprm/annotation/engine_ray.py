@@ -1,9 +1,9 @@
 """
-A policy on every worker of a Ray cluster: `--engine ray`.
+Run a policy on every worker of a Ray cluster, for `--engine ray`.
 
-The visits of a round are dealt out to the workers, each with a policy of its own; a reply travels back when it has come,
-and the driver writes it down. Draws hang on their seeds alone, so that the result is that of one process. A worker that
-dies is started again by Ray, and what it was at is drawn again.
+The visits of a round are distributed to the workers, each with a policy of its own; each reply is sent back at once, and
+the driver records it. Draws depend on their seeds alone, so that the result is that of a single process. Ray restarts a
+worker that dies, and its unfinished visit is drawn again.
 """
 
 import os
@@ -22,13 +22,13 @@ except ImportError as error:
 
 class RayPolicy(Policy):
     """
-    The policy of [`open_policy`], once for each worker.
+    Runs the policy of [`open_policy`] once per worker.
 
     Args:
         policy (`str` or `Callable`):
             As [`open_policy`] takes it; every node must be able to open it.
         workers (`int`, *optional*):
-            Defaults to one for each GPU of the cluster, or where it has none for each core.
+            Number of workers. Defaults to one per GPU of the cluster, or one per core if it has no GPU.
         sampling:
             As in [`open_policy`].
     """
@@ -36,7 +36,7 @@ class RayPolicy(Policy):
     def __init__(self, policy: str | Callable[..., list[str]], workers: int | None = None, **sampling: Any):
         self.started = not ray.is_initialized()
         if self.started:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own reports to nobody
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start sends no usage statistics
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
@@ -61,7 +61,7 @@ class RayPolicy(Policy):
                 yield place, number, reply
 
     def close(self) -> None:
-        """Give the workers back; stop the cluster where it was started here."""
+        """Release the workers, and stop the cluster if it was started here."""
         for worker in self.workers:
             ray.kill(worker)
         if self.started:

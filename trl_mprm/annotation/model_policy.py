@@ -1,5 +1,5 @@
 """
-A policy in this process: any `AutoModelForImageTextToText` or `AutoModelForCausalLM`.
+A policy in this process, with any `AutoModelForImageTextToText` or `AutoModelForCausalLM`.
 
 Picture, question and steps are run once for each rollout; the continuations of a step start from there together:
 
@@ -7,9 +7,9 @@ Picture, question and steps are run once for each rollout; the continuations of 
                                [step 2]     run on, then 16 continuations
     tokens run for prefixes: those of the longest one, once; plain generation runs each prefix 16 times
 
-The keys and values of the prefix are held once; a layer repeats them for the rows while it runs. A rollout of the same
-question keeps what the last one has in common with it. Draw `i` takes its random numbers from its own seed, one per
-token, so that it is the same draw in whatever company it is made, up to the rounding of the hardware.
+The keys and values of the prefix are held once; a layer repeats them for the rows while it runs. The next rollout of the
+same question reuses the prefix that the two have in common. Draw `i` takes its random numbers from its own seed, one per
+token, so that it does not depend on the other draws of its batch, up to the rounding of the hardware.
 """
 
 import random
@@ -31,7 +31,7 @@ from .policies import STOP, Draw, Policy, Reply, Request
 
 
 class _Branches(DynamicLayer):
-    """The keys and values of one prefix, seen by many rows, and what each of the rows adds to them."""
+    """The keys and values of one prefix, shared by many rows, and those that each row adds."""
 
     def __init__(self, prefix: DynamicLayer):
         super().__init__()
@@ -72,16 +72,16 @@ class ModelPolicy(Policy):
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Vision-language or text-only; every layer keeps its past as keys and values.
+            A vision-language or text-only model whose layers all keep keys and values.
         processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
             Its processor or tokenizer, with a chat template.
         name (`str`):
-            For the evidence.
+            Name of the model in the evidence.
         temperature, top_p, top_k, max_new_tokens:
-            Of the sampling; `top_k` 0 means all tokens.
+            Parameters of the sampling; `top_k` 0 means all tokens.
 
     Raises:
-        `ValueError`: for a model without a chat template, or one whose layers keep their past in another way.
+        `ValueError`: the model has no chat template, or a layer keeps its past in another way.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ModelPolicy(Policy):
         max_new_tokens: int = 2048,
     ):
         if processing_class.chat_template is None:
-            raise ValueError(f"{name} has no chat template, so that nobody knows how to ask it: save one with it")
+            raise ValueError(f"{name} has no chat template, which a question needs: save one with it")
         if not can_share_prefix(model):
             raise ValueError(f"{name} keeps no keys and values of its past to share: serve it, and give the URL")
         self.model, self.processing_class, self.name = model.eval(), processing_class, name
@@ -111,7 +111,7 @@ class ModelPolicy(Policy):
 
     @classmethod
     def from_pretrained(cls, model_id: str, **sampling: float) -> "ModelPolicy":
-        """Load a model by Hub id or folder, as it was saved, without remote code."""
+        """Load a model by Hub id or folder, in its saved number format and without remote code."""
         model = load_model(model_id, dtype="auto", device_map="auto", trust_remote_code=False)
         processing_class = load_processing_class(model_id, is_vision_language(model.config), trust_remote_code=False)
         return cls(model, processing_class, model_id, **sampling)
@@ -127,7 +127,7 @@ class ModelPolicy(Policy):
         return Reply(self._sample(request.n, request.seed), len(self.prefix.tokens), cached)
 
     def _run_prefix(self, request: Request) -> int:
-        """Run what is new in a prefix, and return how many of its tokens were run before."""
+        """Run the new tokens of a prefix, and return how many of its tokens had been run before."""
         question = question_key(request.prompt, request.images)
         new = self.prefix is None or self.prefix.question != question
         if new:
@@ -143,7 +143,7 @@ class ModelPolicy(Policy):
             return 0
         pairs = zip(tokens, prefix.tokens, strict=False)
         same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prefix.tokens)))
-        same = max(prefix.n_question, min(same, len(tokens) - 1))  # run one at least, for the logits after it
+        same = max(prefix.n_question, min(same, len(tokens) - 1))  # at least one token is run, for the logits after it
         for layer in prefix.cache.layers:
             layer.keys, layer.values = layer.keys[..., :same, :], layer.values[..., :same, :]
         prefix.logits = self._forward(prefix.cache, input_ids=torch.tensor([tokens[same:]]))
@@ -163,7 +163,7 @@ class ModelPolicy(Policy):
         self.prefix = _Prefix(question, len(tokens), tokens, cache, logits)
 
     def _forward(self, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
-        """Run tokens after a cache; the logits after the last one, `(rows, vocabulary)`."""
+        """Run tokens after a cache, and return the logits after the last one, `(rows, vocabulary)`."""
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
         return self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 

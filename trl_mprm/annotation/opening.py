@@ -1,4 +1,4 @@
-"""A policy by its name."""
+"""Open a policy by its name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +9,13 @@ from .server_policy import ServerPolicy
 
 def open_policy(policy: str | Callable[..., list[str]] | Policy, workers: int = 8, **sampling: Any) -> Policy:
     """
-    A policy by name: the URL of a server (`http://...`), the Hub id or folder of a model, or a callable.
+    Open a policy: the URL of a server (`http://...`), the Hub id or folder of a model, or a callable.
 
     Args:
         policy (`str`, `Callable` or [`Policy`]):
-            As above; a [`Policy`] is taken as it is.
+            One of these, or a [`Policy`], which is returned unchanged.
         workers (`int`, *optional*, defaults to 8):
-            Rollouts that a server draws on at the same time.
+            Number of rollouts that a server continues at the same time.
         sampling:
             `temperature`, `top_p`, `top_k` and `max_new_tokens`, for a server or a model.
     """
@@ -23,7 +23,7 @@ def open_policy(policy: str | Callable[..., list[str]] | Policy, workers: int = 
         return policy
     if callable(policy):
         if sampling:
-            raise ValueError(f"a callable policy samples as it likes: leave out {', '.join(sampling)}")
+            raise ValueError(f"a callable policy decides on its own sampling: leave out {', '.join(sampling)}")
         return CallablePolicy(policy)
     if not isinstance(policy, str):
         raise ValueError(f"policy is {policy!r:.80}, expected a model, the URL of a server, or a callable")

@@ -1,13 +1,13 @@
 """
-Annotated rollouts as rows: our own type, or the schema of VisualPRM400K-v1.1-Raw.
+Write annotated rollouts as rows of our own type, or in the schema of VisualPRM400K-v1.1-Raw.
 
     {"images": ["1471.png"], "prompt": "Find x.", "completions": ["x = 5.", "Final answer: 5"], "labels": [0.125, 0.0],
      "mc_scores": [0.125, 0.0], "mc_counts": [2, 0], "mc_total": 16, "answer": "52", "source": "AI2D",
      "rollout_id": "AI2D:3", "draws": [{"checker": "math", "seed": 1163, "right": [1, 0, ...], "finish": ["stop", ...],
      "tokens": [41, ...], "prompt_tokens": 310, "cached_tokens": 268}, {"checker": "math", "finish": ["checked"], ...}]}
 
-`mc_total` is one number, or one per step where draws were lost; a step without a measured draw has the score null and
-the label -100.
+`mc_total` is one number, or one per step if draws were lost; a step without a measured draw has the score null and the
+label -100.
 """
 
 import json
@@ -41,7 +41,7 @@ COLUMNS = dict(FEATURES) | {"answer": Value("string"), "self_confidence": Value(
 
 
 def evidence(rollout: Rollout, step: int, tally: Tally, progress: Progress, checker: str) -> dict[str, Any]:
-    """The draws of a step as they came; of a step that was checked, `finish` is `["checked"]`."""
+    """Describe the draws of a step; for a step that was checked, `finish` is `["checked"]`."""
     if step >= rollout.sampled:
         right = [int(tally.right[step] > 0)]
         return dict.fromkeys(DRAWS) | {"checker": checker, "right": right, "finish": ["checked"], "tokens": []}
@@ -56,7 +56,7 @@ def evidence(rollout: Rollout, step: int, tally: Tally, progress: Progress, chec
 
 def annotated_row(rollout: Rollout, tally: Tally, draws: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    The row of a rollout that has all its draws; `images` as its record names them.
+    Make the row of a rollout that has all its draws, with `images` as its record names them.
 
     Examples:
     ```python
@@ -88,7 +88,7 @@ def annotated_row(rollout: Rollout, tally: Tally, draws: list[dict[str, Any]]) -
 
 def raw_record(rollout: Rollout, tally: Tally) -> dict[str, Any]:
     """
-    The record of VisualPRM400K-v1.1-Raw; other keys of the input stay, as in the data's own pipeline.
+    Make a record of VisualPRM400K-v1.1-Raw; other keys of the input stay, as in the pipeline of that dataset.
 
     Examples:
     ```python
@@ -122,14 +122,14 @@ def raw_record(rollout: Rollout, tally: Tally) -> dict[str, Any]:
 
 
 def write_jsonl(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Records as JSON lines, whole or not at all. Raises `ValueError` for a picture in memory."""
+    """Write records as JSON lines, whole or not at all. Raises `ValueError` for a picture in memory."""
     with atomic_output(path) as part, open(part, "w", encoding="utf-8") as file:
         for record in records:
             try:
                 file.write(json.dumps(_named_images(record), ensure_ascii=False) + "\n")
             except TypeError as error:
                 raise ValueError(
-                    f"{path}: a row holds what JSON cannot ({error}): give --output *.parquet, or images as paths"
+                    f"{path}: a row holds a value that JSON cannot represent ({error}): give --output *.parquet, or images as paths"
                 ) from error
 
 
@@ -147,8 +147,8 @@ def _named_images(record: dict[str, Any]) -> dict[str, Any]:
 
 def to_dataset(rows: Sequence[dict[str, Any]], images: Sequence[list[Any]]) -> Dataset:
     """
-    Rows as a [`~datasets.Dataset`] with the images to open. `mc_total` is null there where the steps have not all the
-    same total, as [`~trl_mprm.load_rollouts`] reads it; `draws` tells each.
+    Make a [`~datasets.Dataset`] of rows, with the images to open. `mc_total` is null if the steps do not all have the
+    same total, as [`~trl_mprm.load_rollouts`] reads it; `draws` has the total of each.
     """
     columns = COLUMNS | ({"agreement": List(Value("float64"))} if any("agreement" in row for row in rows) else {})
     rows = [
@@ -159,7 +159,7 @@ def to_dataset(rows: Sequence[dict[str, Any]], images: Sequence[list[Any]]) -> D
 
 
 def write_parquet(rows: Dataset, path: Path) -> None:
-    """A dataset as Parquet with its pictures inside, whole or not at all."""
+    """Write a dataset as Parquet with its pictures inside, whole or not at all."""
     undecoded = rows.cast_column("images", List(Image()))
     with atomic_output(path) as part:
         Dataset(datasets.table.InMemoryTable(embed_table_storage(undecoded.data.table))).to_parquet(part)

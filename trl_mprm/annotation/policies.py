@@ -1,13 +1,13 @@
 """
-What continues a solution.
+Policies, which continue solutions.
 
-A policy gets visits. A visit is one rollout with some of its steps, in rising order, so that what was computed for the
-prefix of one step serves the next:
+A policy gets visits. A visit is one rollout with some of its steps, in rising order, so that the prefix that was computed
+for one step serves the next:
 
     [Request(images, "add red blue", ["from 0"], n=4, seed=71), Request(images, "add red blue", ["from 0", "red is 7"], ...)]
 
-and answers each request with `n` draws, or parks it with a reason. Draw `i` of a request has the seed `seed + i`, so
-that it is the same draw in whatever company it is made.
+It answers each request with `n` draws, or parks it with a reason. Draw `i` of a request has the seed `seed + i`, so that
+it does not depend on the draws that are made together with it.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ STOP = "stop"  # the finish reason of a draw that ended by itself; any other dra
 
 
 class Request(NamedTuple):
-    """`n` continuations of a solution that begins with `steps`. `name` tells people which row and step it is."""
+    """A request for `n` continuations after `steps`. `name` names the row and the step in messages."""
 
     name: str
     images: Sequence[Any]
@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One continuation: its text, why it ended (`STOP` or not), and how many tokens it has, where that is known."""
+    """One continuation: its text, the reason why it ended (`STOP` or another), and its number of tokens, if that is known."""
 
     text: str
     finish: str
@@ -39,8 +39,8 @@ class Draw(NamedTuple):
 
 class Reply(NamedTuple):
     """
-    All draws of a request; tokens of the prefix, how many of these were not computed again, and generated tokens where
-    the draws do not tell.
+    All draws of a request, the number of tokens of the prefix, how many of these came from a cache, and the number of
+    generated tokens, if the draws do not have it.
     """
 
     draws: list[Draw]
@@ -50,27 +50,27 @@ class Reply(NamedTuple):
 
 
 class Parked(NamedTuple):
-    """A request without an answer, for now: the next run asks again."""
+    """A request that has no answer yet; the next run sends it again."""
 
     reason: str
 
 
 class Policy(ABC):
     """
-    Whatever can continue a solution. `name` says in the evidence what it was.
+    The base class of whatever continues solutions. `name` stands for it in the evidence.
     """
 
     name: str
 
     @abstractmethod
     def run(self, visits: Sequence[Sequence[Request]]) -> Iterator[tuple[int, int, Reply | Parked]]:
-        """Yield (visit, request, reply), in any order, as replies come."""
+        """Yield (visit, request, reply) in any order, as the replies come."""
 
 
 class CallablePolicy(Policy):
     """
-    A function `policy(images, prompt, steps, n, seed) -> list[str]`: the `n` continuations after `steps`. Continuation
-    `i` should depend on `seed + i` alone, then draws do not depend on how many are asked for at once.
+    Wraps a function `policy(images, prompt, steps, n, seed) -> list[str]` that returns the `n` continuations after
+    `steps`. If continuation `i` depends on `seed + i` alone, draws do not depend on how many are requested at once.
     """
 
     def __init__(self, function: Callable[..., list[str]]):
@@ -88,8 +88,8 @@ class CallablePolicy(Policy):
             texts = self.function(*arguments)
         except Exception as error:  # of any kind: it is the user's own code
             raise ValueError(
-                f"{name}: the policy raised {type(error).__name__} ({error}): mend it and run again, "
-                "draws so far are kept"
+                f"{name}: the policy raised {type(error).__name__} ({error}): correct it and run "
+                "again; the draws so far are kept"
             ) from error
         if not isinstance(texts, list) or len(texts) != request.n or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{name}: the policy returned {texts!r:.80}, expected a list of {request.n} texts")

@@ -1,12 +1,12 @@
 """
-The draws that were paid for, in a file that only grows.
+Keep the draws that were paid for in a file that is only appended to.
 
     {"settings": {"policy": "http://127.0.0.1:8000/v1 qwen", "checker": "math", "seed": 0, ...}}
     {"rollout": "AI2D:3", "row": "8f3a...", "step": 2, "first": 0, "seed": 1163, "right": [1, 0, null], "finish":
      ["stop", "stop", "length"], "tokens": [41, 38, 2048], "prompt_tokens": 310, "cached_tokens": 268}
 
-A line is written when its reply has come. A process that is killed leaves at most half a line, which is cut off by the
-next one; then everything that was paid for is served from here, and nothing is asked for twice.
+A line is written as soon as its reply has come. A process that is killed leaves at most half a line, which the next run
+removes; that run takes all draws that were paid for from this file and requests none of them again.
 """
 
 import fcntl
@@ -21,9 +21,9 @@ class Progress:
 
     Args:
         path (`Path`):
-            The file; made if it is not there.
+            The file; it is created if it does not exist.
         settings (`dict`):
-            What the draws depend on. A file with other settings is refused.
+            The settings that the draws depend on. A file with other settings is refused.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -33,7 +33,7 @@ class Progress:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.file.close()
-            raise OSError(f"{path}: another run is writing it: wait for it, or give another output") from error
+            raise OSError(f"{path}: another run is writing this file: wait for it, or give another output") from error
         self.draws: dict[tuple[str, str, int], list[dict]] = {}
         self.solutions: dict[tuple[str, str], dict] = {}
         try:
@@ -88,6 +88,6 @@ class Progress:
         self.draws.setdefault((record["rollout"], record["row"], record["step"]), []).append(record)
 
     def outcomes(self, rollout: str, row: str, step: int) -> list[bool | None]:
-        """All draws of a step so far, in the order of their numbers."""
+        """Return all draws of a step so far, in the order of their numbers."""
         records = sorted(self.draws.get((rollout, row, step), []), key=lambda record: record["first"])
         return [None if right is None else bool(right) for record in records for right in record["right"]]

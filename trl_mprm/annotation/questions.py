@@ -1,13 +1,13 @@
 """
-Questions with an answer, with or without solutions, become rollouts to annotate.
+Turn questions with an answer, with or without solutions, into rollouts to annotate.
 
-In, a record of any of these forms (the first has no solution yet):
+A record has one of these forms (the first has no solution yet):
 
     {"images": ["1471.png"], "prompt": "Find x.", "answer": "52"}
     {"images": ["1471.png"], "prompt": "Find x.", "answer": "52", "completions": ["x = 5.", "Final answer: 5"]}
     {"image": "1471.png", "question": "<image>\\nFind x.", "answer": "52", "steps_with_score": [{"step": "x = 5."}]}
 
-Out: [`Rollout`], the last step of which is checked and not sampled where it states the final answer.
+It becomes a [`Rollout`]. If its last step states the final answer, that step is checked and not sampled.
 """
 
 import os
@@ -30,12 +30,12 @@ from ..data.splitting import split_steps
 @dataclass(frozen=True)
 class Rollout:
     """
-    One solution of a question, or with no steps a question that waits for solutions.
+    One solution of a question or, without steps, a question that waits for solutions.
 
     Attributes:
-        id (`str`), source (`str`): As in every row.
-        key (`str`): Hash of what the draws depend on, so that draws for another text are never taken for this one's.
-        record (`dict`): The record that it comes from.
+        id (`str`), source (`str`): `rollout_id` and `source` of the row.
+        key (`str`): Hash of everything that the draws depend on, so that draws for another text are never reused.
+        record (`dict`): The record that the rollout comes from.
         images (`list`): What [`~trl_mprm.data.images.open_image`] takes.
     """
 
@@ -49,13 +49,13 @@ class Rollout:
     steps: tuple[str, ...] = ()
 
     def with_solution(self, number: int, text: str, max_steps: int) -> "Rollout":
-        """A rollout of this question: the `number`-th sampled solution, split at blank lines."""
+        """Make a rollout of the `number`-th sampled solution of this question, split at blank lines."""
         steps = merge_steps(split_steps(text), max_steps)
         return rollout(f"{self.id}:{number}", self.source, self.record, self.images, self.prompt, self.answer, steps)
 
     @property
     def sampled(self) -> int:
-        """How many steps are sampled: all, but for a last one that states the final answer."""
+        """The number of steps that are sampled: all, except a last one that states the final answer."""
         return len(self.steps) - states_answer(self.steps[-1])
 
 
@@ -68,7 +68,7 @@ def rollout(
 
 def merge_steps(steps: Sequence[str], max_steps: int) -> list[str]:
     """
-    At most `max_steps` steps, neighbours joined evenly, as the data of VisualPRM were made.
+    Join neighbouring steps evenly into at most `max_steps` steps, as the data of VisualPRM were made.
 
     Examples:
     ```python
@@ -86,15 +86,15 @@ def to_rollout(
     record: Mapping[str, Any], name: str, source: str = "rows", finder: ImageFinder | None = None
 ) -> Rollout:
     """
-    The rollout of a record. Raises `ValueError`, which calls it `name`, where question, answer or image is missing.
+    Make the rollout of a record. Raises `ValueError`, which names `name`, if question, answer or an image is missing.
 
     Args:
         record (`Mapping`):
-            As above; `source` and `rollout_id` are taken from it where it has them.
+            A record in one of the forms above, with or without `source` and `rollout_id`.
         name (`str`):
-            Its place, for errors, and its `rollout_id` where it has none.
+            Its place in messages, and its `rollout_id` if it has none.
         finder ([`ImageFinder`], *optional*):
-            Finds images by name; without one they are taken as they are.
+            Finds images by name; without one the images are taken from the record unchanged.
     """
     record = dict(record)
     try:
@@ -106,25 +106,25 @@ def to_rollout(
         if steps is not None:
             check_steps(steps)
     except Refused as refused:
-        raise ValueError(f"{name}: {refused}: mend or remove the row") from refused
+        raise ValueError(f"{name}: {refused}: correct or remove the row") from refused
     answer = record.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(
-            f"{name}: `answer` is {answer!r:.60}, expected the right answer as text: no draw can be checked without it"
+            f"{name}: `answer` is {answer!r:.60}, expected the right answer as text, by which draws are checked"
         )
     id = own_text(record, "rollout_id") or name
     return rollout(id, own_text(record, "source") or source, record, images, prompt, answer, steps or ())
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Rollout]:
-    """The rollouts of rows in memory; a `rollout_id` that comes twice is an error."""
+    """Make rollouts of rows in memory; a `rollout_id` that occurs twice is an error."""
     return _distinct(to_rollout(row, f"row {number}") for number, row in enumerate(rows))
 
 
 def from_files(inputs: Paths, image_root: str | os.PathLike | None = None) -> list[Rollout]:
-    """The rollouts of files: folders, globs, `*.jsonl`, `*.parquet`, or a Hub id with an `annotations.zip`."""
+    """Make rollouts of files: folders, globs, `*.jsonl`, `*.parquet`, or a Hub id with an `annotations.zip`."""
     return _distinct(_read(inputs, image_root))
 
 
@@ -143,7 +143,7 @@ def _read(inputs: Paths, image_root: str | os.PathLike | None) -> Iterator[Rollo
                     continue
                 record = parse(line)
                 if record is None:
-                    raise ValueError(f"{place}:{number}: no JSON object: mend or remove the line")
+                    raise ValueError(f"{place}:{number}: expected a JSON object: correct or remove the line")
                 record.setdefault("rollout_id", f"{shard.source}:{number - 1}")
                 yield to_rollout(record, f"{place}:{number}", shard.source, finder)
 
@@ -152,8 +152,10 @@ def _distinct(rollouts: Iterable[Rollout]) -> list[Rollout]:
     seen: dict[str, Rollout] = {}
     for item in rollouts:
         if item.id in seen:
-            raise ValueError(f"rollout_id {item.id!r} comes twice: give each row its own, draws are kept by it")
+            raise ValueError(
+                f"rollout_id {item.id!r} occurs twice: give each row its own, because draws are stored under it"
+            )
         seen[item.id] = item
     if not seen:
-        raise ValueError("no rows to annotate: expected at least one with prompt and answer")
+        raise ValueError("no rows to annotate: expected at least one row with prompt and answer")
     return list(seen.values())

@@ -1,5 +1,5 @@
 """
-A second opinion on steps: another policy, or a process reward model as a judge.
+Get a second opinion on steps, from another policy or from a process reward model as a judge.
 
     first   MC scores 0.75, 0.0, 0.5     good, bad, good
     second  P(good)   0.9,  0.7, 0.8     good, good, good
@@ -21,7 +21,7 @@ from .questions import Rollout
 
 
 class SecondOpinion(NamedTuple):
-    """Whether each step of each rollout is good; None where that is not known."""
+    """Judgements of each step of each rollout: good, bad, or None if it is not known."""
 
     name: str
     labels: list[list[bool | None]]
@@ -29,7 +29,7 @@ class SecondOpinion(NamedTuple):
 
 def agreement(scores: Sequence[float | None], labels: Sequence[bool | None]) -> list[float | None]:
     """
-    Of each step, 1.0 where a score above 0 and a good label, or a score of 0 and a bad one, come together.
+    Compare scores with judgements: 1.0 for a score above 0 of a good step or a score of 0 of a bad one, else 0.0.
 
     Examples:
     ```python
@@ -53,8 +53,8 @@ def second_opinion(
     sampling: dict[str, Any],
 ) -> SecondOpinion:
     """
-    Judge the steps of `rollouts`: by `n` draws of a policy (see [`open_policy`]), kept in `NAME.second.draws.jsonl`, or
-    where `second` is the folder of a process reward model by its scores, good above 0.5.
+    Judge the steps of `rollouts`: by `n` draws of a policy (see [`open_policy`]), kept in `NAME.second.draws.jsonl`, or,
+    if `second` is the folder of a process reward model, by its scores, of which those above 0.5 mean good.
     """
     if isinstance(second, str) and Path(second).is_dir():
         from ..prompting.step_format import StepFormat  # here: it takes torch

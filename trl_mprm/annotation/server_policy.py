@@ -6,9 +6,9 @@ A policy behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp), over plai
                    {"role": "assistant", "content": "x = 5.\\n\\n"}],
       "continue_final_message": true, "add_generation_prompt": false}
 
-One request has all draws of a step, so that the server computes its prefix once; the steps of a rollout follow each
-other in rising order, so that its prefix cache serves the one with the other. vLLM and llama.cpp give draw `i` of a
-request the seed `seed + i`. Servers batch as requests come, so that two runs need not agree to the last token.
+One request asks for all draws of a step, so that the server computes the prefix once; the steps of a rollout follow each
+other in rising order, so that its prefix cache serves the next step. vLLM and llama.cpp give draw `i` of a request the
+seed `seed + i`. Servers batch requests as they come, so that two runs may differ in some tokens.
 """
 
 import base64
@@ -29,24 +29,24 @@ from .policies import Draw, Parked, Policy, Reply, Request
 
 class ServerPolicy(Policy):
     """
-    Continues the assistant's own message on a server.
+    Continues the assistant's message on a server.
 
     Args:
         url (`str`):
-            Of the server, with or without `/v1`. A key in the environment variable `OPENAI_API_KEY` is sent to it.
+            Address of the server, with or without `/v1`. A key in the environment variable `OPENAI_API_KEY` is sent along.
         temperature, top_p, top_k, max_new_tokens:
-            Of the sampling; `top_k` 0 means all tokens.
+            Parameters of the sampling; `top_k` 0 means all tokens.
         workers (`int`, *optional*, defaults to 8):
-            Rollouts that are drawn on at the same time.
+            Number of rollouts that are continued at the same time.
         timeout (`float`, *optional*, defaults to 600):
             Seconds to wait for an answer.
         retries (`int`, *optional*, defaults to 5), wait (`float`, *optional*, defaults to 0.5):
-            How often a request without a proper answer is sent again, and after how many seconds at first; each time
-            twice as long. Then it is parked.
+            A request without a proper answer is sent again up to `retries` times, at first after `wait` seconds and then
+            after twice as long each time. After that it is parked.
 
     Raises:
-        `ValueError`: at the first draw, where the server refuses or does not continue a message. `OSError`: where
-        nothing answers.
+        `ValueError`: at the first draw, if the server refuses or does not continue a message. `OSError`: if it does not
+        answer.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class ServerPolicy(Policy):
         while len(draws) < request.n:
             n = min(request.n - len(draws), self.most_at_once or request.n)
             if self.parked_in_a_row >= 2 * self.workers:
-                return Parked("the server does not answer any more")
+                return Parked("the server no longer answers")
             try:
                 answer = self._complete(messages, n, request.seed + len(draws))
                 new = [_draw(choice, request.steps) for choice in answer["choices"]][:n]
                 usage = answer.get("usage") or {}
             except _Refusal as error:
-                if n > 1:  # some servers give only so many draws at once
+                if n > 1:  # some servers limit the number of draws per request
                     self.most_at_once = n // 2
                     continue
                 new, usage = [Draw("", "refused")], {"refusal": str(error)}
@@ -146,7 +146,7 @@ class ServerPolicy(Policy):
         return self._send("POST", "/chat/completions", body)
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """The answer of the server. Raises [`_Refusal`] for good, [`_NoAnswer`] when all retries were in vain."""
+        """Send a request. Raises [`_Refusal`] if the server will never answer it, [`_NoAnswer`] after all retries."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
             if key := os.environ.get("OPENAI_API_KEY"):
@@ -171,7 +171,7 @@ class ServerPolicy(Policy):
                 return value
             reason = f"{answer.status_code} {answer.reason} from {self.url}: {' '.join(answer.text.split())[:80]}"
             if answer.status_code in (401, 403, 404):
-                break  # does not get better by asking again
+                break  # asking again would not help
             later = answer.headers.get("Retry-After", "")
             pause = max(pause, min(float(later), 60)) if later.isdecimal() else pause
         raise _NoAnswer(reason)
@@ -197,7 +197,9 @@ class ServerPolicy(Policy):
         except _NoAnswer as error:
             raise OSError(f"{self.url} does not answer ({error}): start it and run again") from error
         except (LookupError, TypeError) as error:
-            raise ValueError(f"{self.url} does not tell `usage.prompt_tokens`: expected an OpenAI server") from error
+            raise ValueError(
+                f"{self.url} does not report `usage.prompt_tokens`: expected an OpenAI-compatible server"
+            ) from error
         if once - bare > twice - once + 2:
             raise ValueError(
                 f"{self.url} opens a new message instead of continuing the assistant's (of {bare}, {once} and {twice} "
@@ -210,7 +212,7 @@ class _Refusal(Exception):
 
 
 class _NoAnswer(Exception):
-    """The server has not answered this request, and perhaps will later."""
+    """The server has not answered this request, but may do so later."""
 
 
 def _messages(pictures: list[dict], request: Request) -> list[dict]:
@@ -241,7 +243,7 @@ def _draw(choice: dict[str, Any], steps: Sequence[str]) -> Draw:
         prefix = _prefix(steps) if steps else ""
         return Draw(text.removeprefix(prefix), finish)  # llama.cpp repeats what it continues, vLLM does not
     except (LookupError, TypeError, AttributeError) as error:
-        raise _NoAnswer(f"a choice without text ({error!r})") from error
+        raise _NoAnswer(f"a choice has no text ({error!r})") from error
 
 
 def _plus(total: int | None, value: int | None) -> int | None:
