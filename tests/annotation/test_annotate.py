@@ -281,7 +281,11 @@ def raising(*arguments):
         ({"completions": ["a", ""]}, {}, "row 1: step 1 is ''"),
         ({"rollout_id": "a:0"}, {}, "'a:0' occurs twice"),
         ({}, {"n": 0}, "n must be a whole number of at least 1, got 0"),
-        ({}, {"checker": raising}, "row a:0: the checker raised RuntimeError .no judge today.*the draws so far are kept"),
+        (
+            {},
+            {"checker": raising},
+            "row a:0: the checker raised RuntimeError .no judge today.*the draws so far are kept",
+        ),
         ({}, {"checker": "spelling"}, "checker must be one of math, exact, choice, numeric, or a callable"),
         ({}, {"policy": raising}, "row a:0, step 0: the policy raised RuntimeError"),
         ({}, {"policy": lambda *arguments: ["one"]}, "expected a list of 16 texts"),

@@ -123,5 +123,5 @@ def test_readme_is_the_kept_run(simulate):
     for name in [*results["claims"], "scaling"]:
         for file, used in ((f"{name}.png", "src"), (f"{name}-dark.png", "srcset")):
             assert (FOLDER / file).is_file() and f'{used}="{file}"' in readme
-    assert f"{results['seed']}" in readme and f"{results['draws']:,} a point" in readme
+    assert f"{results['seed']}" in readme and f"{results['draws']:,} per point" in readme
     assert results["seconds"] < 60

@@ -64,15 +64,15 @@ def test_a_report_applies_to_exactly_its_rows(raw, tmp_path):
     report = select_files(raw, kept, fraction=0.5)
     assert find_report(kept, 8) == (report, "") and find_report(str(kept), 8)[0] == report
     for rows, n, why in (
-        (kept, 7, "it tells of 8 rows, and 7 were read"),
-        (kept / "tiles.jsonl", 4, "it tells of bars.jsonl too"),
+        (kept, 7, "it counts 8 rows, and 7 were read"),
+        (kept / "tiles.jsonl", 4, "it also lists bars.jsonl"),
         (raw, 16, "no report of a selection beside these rows"),
         (tmp_path / "none", 1, "no report of a selection beside these rows"),
     ):
         found = find_report(rows, n)
         assert found[0] is None and found[1].endswith(why), found
     (kept / "more.jsonl").write_text("{}\n")
-    assert find_report(kept, 8)[1].endswith("selection.json: it does not tell of more.jsonl")
+    assert find_report(kept, 8)[1].endswith("selection.json: it does not list more.jsonl")
     (kept / "more.jsonl").unlink()
     lines = (kept / "tiles.jsonl").read_text().replace("tiles 2", "tiles 9")  # as many rows, other ones
     (kept / "tiles.jsonl").write_text(lines)
@@ -176,4 +176,4 @@ def test_a_training_tells_of_the_selection_of_its_own_rows(raw, tmp_path, tiny_f
     (out / "a.jsonl").write_text(text.replace('"labels": [1.0, 0]', '"labels": [0.5, 0]', 1))
     assert main([*argv, str(tmp_path / "two")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "a.jsonl changed after a.selection.json was written, which tells the sources of its lines" in error
+    assert "a.jsonl changed after a.selection.json was written, which has the sources of its lines" in error

@@ -129,7 +129,7 @@ def test_page_of_one_cut_for_the_whole_corpus(tmp_path):
     text, report = make_page(tmp_path, "--by", "corpus", "--fraction", "0.25")
     page = Page(text)
     assert "0.25 of the whole corpus" in page.text and "All sources together keep max" in page.text
-    assert "of a source" not in page.text and "that of every source" not in page.text
+    assert "of a source" not in page.text and "dark for every source" not in page.text
     assert int(page.ids["kept"]) == report["total"]["kept"] == 30
     assert report["total"]["cut_score"] in [row["cut_score"] for row in report["sources"].values()]
 

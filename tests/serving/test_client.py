@@ -47,7 +47,7 @@ def test_the_same_answers(prm, remote):
 
 def test_a_row_that_is_refused_is_named(remote):
     row = {"prompt": "?", "completions": ["a"], "rollout_id": "geo:7"}
-    with pytest.raises(ValueError, match=r"row geo:7: the server refused it: a solution has \d+ tokens of text"):
+    with pytest.raises(ValueError, match=r"row geo:7: the server refused the row: a solution has \d+ tokens of text"):
         remote.score_batch([row | {"completions": ["word " * 20000]}])
     with pytest.raises(ValueError, match="row geo:7: step 0 contains the marker"):
         remote.score_batch([row | {"completions": ["a<prm>"]}])
@@ -116,12 +116,12 @@ class Odd(BaseHTTPRequestHandler):
         (0, (200, {"data": [{"data": [[0.1, 0.9]] * 4}]}), RuntimeError, "sent 4 values for 1 steps"),
         (0, (401, {"error": {"message": "no key"}}), ConnectionError, "answered 401: no key"),
         (0, (500, b"<html>oops"), ConnectionError, "answered 500: <html>oops"),
-        (0, (200, b"<html>"), ConnectionError, "answered no JSON"),
+        (0, (200, b"<html>"), ConnectionError, "did not answer in JSON"),
         (
             0,
             (400, {"error": {"message": "too\nlong"}}),
             ValueError,
-            "row 0 of the batch: the server refused it: too long",
+            "row 0 of the batch: the server refused the row: too long",
         ),
     ],
 )

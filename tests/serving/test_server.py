@@ -131,7 +131,7 @@ BAD = [
     (with_image(bomb()), "pixels"),
     (with_image(LARGE), "an image has 200 x 60 pixels, at most 10,000 are read"),
     (with_image("data:image/png;base64,AAAA"), "not a whole picture"),
-    (with_image("data:image/png;base64,!"), "no base64"),
+    (with_image("data:image/png;base64,!"), "not valid base64"),
     (with_image("data:text/html,<b>"), "expected data:image/png;base64"),
     (with_image("../secret.png"), "image_outside_root"),
     (with_image("file:///etc/passwd"), "image_missing"),
@@ -263,7 +263,7 @@ def test_one_bad_request_fails_alone_and_too_many_wait_in_vain(prm):
                 time.sleep(0.02)
             refused = post(good)
             assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
-            assert "6 solutions are waiting already" in refused.json()["error"]["message"]
+            assert "6 solutions are already waiting" in refused.json()["error"]["message"]
             release.set()
             assert [job.result().status_code for job in jobs] == [200, 200, 400, 200, 200, 200, 200]
     finally:

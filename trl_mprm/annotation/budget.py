@@ -288,7 +288,7 @@ class Race:
         """Give out at most `limit` rollouts to draw on, best first; none when the race is over."""
         if self.error:
             self._refit()
-        batch = []
+        batch: list[int] = []
         while self.waiting and len(batch) < limit and not self._beaten(self.waiting[0]):
             batch.append(heapq.heappop(self.waiting)[1])
         return batch

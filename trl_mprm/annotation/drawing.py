@@ -69,7 +69,8 @@ class Drawing:
             draws = [{"text": d.text, "finish": d.finish, "tokens": d.tokens} for d in reply.draws]
             record = {"rollout": missing[place].id, "row": missing[place].key, "seed": requests[place].seed}
             self.progress.add_solutions(record | {"solutions": draws})
-        rollouts, lost = [], Counter()
+        rollouts: list[Rollout] = []
+        lost: Counter[str] = Counter()
         for question in questions:
             found = self.progress.solutions.get((question.id, question.key), {"solutions": []})["solutions"]
             for number, solution in enumerate(found):

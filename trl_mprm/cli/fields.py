@@ -60,7 +60,8 @@ def train_fields() -> dict[str, Field]:
     """
     fields: dict[str, Field] = {}
     for package, file, name in CLASSES:
-        path = Path(importlib.util.find_spec(package).origin).parent / file
+        spec = importlib.util.find_spec(package)
+        path = Path(spec.origin if spec and spec.origin else "").parent / file
         found = _definition(name, path) if path.is_file() else None
         if found is None or not isinstance(found[0], ast.ClassDef):
             return {}

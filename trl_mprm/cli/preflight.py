@@ -86,13 +86,15 @@ def _check_choice(name: str, value: Any) -> None:
 
 def _check_selection(given: dict[str, Any]) -> None:
     """Raise `ValueError` for a selection that cannot be made."""
-    numbers = {"fraction": 0.1, "alpha": ALPHA}
-    for name in numbers:
-        try:
-            numbers[name] = float(numbers[name] if given.get(name) is None else given[name])
-        except (TypeError, ValueError):
-            raise ValueError(f"{name} is {given[name]!r}, expected a number") from None
-    CutSpec(given.get("rule") or "bis", **numbers, ties=given.get("ties", "first"))
+    fraction, alpha = _number(given, "fraction", 0.1), _number(given, "alpha", ALPHA)
+    CutSpec(given.get("rule") or "bis", fraction=fraction, alpha=alpha, ties=given.get("ties", "first"))
+
+
+def _number(given: dict[str, Any], name: str, default: float) -> float:
+    try:
+        return default if given.get(name) is None else float(given[name])
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {given[name]!r}, expected a number") from None
 
 
 def _flags(argv: list[str]) -> dict[str, Any]:
@@ -122,12 +124,12 @@ def _flags(argv: list[str]) -> dict[str, Any]:
     return given
 
 
-def _recipe(path: str | None) -> dict[str, Any]:
-    """The fields in a YAML file."""
+def _recipe(path: str | bool | None) -> dict[str, Any]:
+    """Read the fields in a YAML file; a path of True is a flag without a value."""
     if path is None:
         return {}
-    if path is True:
-        raise ValueError("--config stands alone, expected the path of a YAML file behind it")
+    if isinstance(path, bool):
+        raise ValueError("--config stands alone, expected the path of a YAML file after it")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config {path}: no such file, expected a YAML file of fields")
     try:

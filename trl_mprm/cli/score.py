@@ -134,7 +134,9 @@ def _scored(prm, solutions: list, args: argparse.Namespace) -> tuple[list[dict[s
     from ..data.rows import Reason, Refused, question_key
     from ..rewards import kind_of, score_rows
 
-    rows = [one.row if isinstance(one.row, Refused) else one.row | {"rollout_id": one.place} for one in solutions]
+    rows: list[Any] = [
+        one.row if isinstance(one.row, Refused) else one.row | {"rollout_id": one.place} for one in solutions
+    ]
     results = score_rows(lambda batch: prm.score_batch(batch, args.batch_size), rows)
     refused: dict[str, list[str]] = {}
     errors: list[ValueError] = []

@@ -4,6 +4,7 @@ import argparse
 
 from tabulate import tabulate
 
+from ..data.shards import Paths
 from ..selection.bis import ALPHA
 from ..selection.rules import RULES
 from ..text import one_line
@@ -110,7 +111,7 @@ def select(args: argparse.Namespace) -> int:
     from ..selection.files import select_files
     from ..selection.report import report_table
 
-    inputs = args.input if len(args.input) > 1 else args.input[0]
+    inputs: Paths = args.input if len(args.input) > 1 else args.input[0]
     if args.compare:
         _compare(inputs, args)
     if args.output is None:
@@ -154,7 +155,7 @@ def _short(name: str) -> str:
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
-def _compare(inputs: str | list[str], args: argparse.Namespace) -> None:
+def _compare(inputs: Paths, args: argparse.Namespace) -> None:
     from ..selection.comparison import compare_rules, comparison_table
 
     table = compare_rules(

@@ -115,7 +115,8 @@ def _train(argv: list[str], smoke: bool = False) -> int:
         selection = select_rollouts(
             rollouts, rule, fraction=fraction, alpha=data.alpha, ties=data.ties, seed=args.seed
         )
-        rollouts, report = rollouts.select(selection.indices), selection.report
+        rollouts = rollouts.select(selection.indices)
+        report: dict | None = selection.report
     else:
         report, why = find_report(data.dataset_name, len(rollouts))
         if report is None:

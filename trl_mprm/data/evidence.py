@@ -6,7 +6,7 @@ The evidence of a selection, named after its rows and bound to them by a hash of
     a.jsonl                             a.selection.json            a.refused.jsonl
     a.parquet                           a.parquet.selection.json    a.parquet.refused.jsonl
 
-For each file of rows the report gives its hash, and the sources of its lines where the file name does not tell them:
+For each file of rows the report gives its hash, and the sources of its lines if the file name does not give them:
 
     "output": {"a.jsonl": {"xxh3_128": "4f1a...", "sources": [["AI2D", 40], ["GEOS", 3]]}}
 """
@@ -86,7 +86,7 @@ def read_report(path: Path) -> dict | None:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         report = json.loads(path.read_bytes())
         if isinstance(report, dict) and report.get("version") in ("1", "2"):
-            logger.warning("%s is of an older version, which does not say of which bytes it tells: ignored", path)
+            logger.warning("%s is from an older version, which has no hashes of the rows: ignored", path)
             return None
         msgspec.convert(report, _Report)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
@@ -120,7 +120,7 @@ def kept_sources(file: str | os.PathLike) -> list[str]:
         found, n_lines = content_hash(file)
         if found != told["xxh3_128"] or n_lines != sum(n_rows for _, n_rows in runs):
             raise ValueError(
-                f"{file} changed after {path.name} was written, which tells the sources of its lines: select again, or "
+                f"{file} changed after {path.name} was written, which has the sources of its lines: select again, or "
                 f"delete {path.name}"
             )
         return [source for source, n_rows in runs for _ in range(n_rows)]

@@ -12,7 +12,7 @@ Out (images are found later, by `images.ImageFinder`):
      "mc_total": 16}
 
 Every other format is a small function that converts a record to a stepwise one (`prompt`, `completions`, `labels`, ...).
-The keys of the record alone tell its format; a record of no known format is refused.
+The keys of the record alone decide its format; a record of no known format is refused.
 """
 
 import json
@@ -162,7 +162,7 @@ def _stepwise_row(record: dict) -> dict:
 
 
 def _stepwise(record: dict) -> dict:
-    """Convert a record in any format but the raw one, told by its keys, to a stepwise record."""
+    """Convert a record in any format but the raw one, recognised by its keys, to a stepwise record."""
     if "conversations" in record:
         turns = record["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):

@@ -154,5 +154,5 @@ def hub_snapshot(repo_id: str, file: str) -> Path:
 
 
 def download_model(model_id: str, **kwargs: Any) -> Path:
-    """Fetch a model from the Hub. Raises `FileNotFoundError`, with a one-line message, where there is none."""
+    """Fetch a model from the Hub. Raises `FileNotFoundError`, with a one-line message, if there is none."""
     return snapshot(model_id, "model", **kwargs)

@@ -131,7 +131,7 @@ def _line_ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int,
         while start < size:
             lines.seek(min(start + shard_bytes, size) - 1)
             while (piece := lines.readline(BATCH_BYTES)) and not piece.endswith(b"\n"):
-                pass  # a line may be longer than the memory: reading it will tell
+                pass  # a line may be longer than the memory: reading it will show
             stop = lines.tell()
             yield start, stop
             start = stop
@@ -140,7 +140,7 @@ def _line_ranges(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[int,
 
 
 def input_files(name: str | os.PathLike) -> list[Path]:
-    """The files that an input stands for: those of a folder or its `annotations.zip`, matches of a glob, one file."""
+    """Return the files that an input stands for: those of a folder or its `annotations.zip`, matches of a glob, one file."""
     path = Path(name)
     if path.is_dir():
         files = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(SUFFIXES) and not _aside(entry)]

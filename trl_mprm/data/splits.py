@@ -1,5 +1,5 @@
 """
-Resolve the name of a folder, a file or a data set on the Hub to the files that the user means.
+Resolve the name of a folder, a file or a data set on the Hub to files.
 
 A folder of sources is read whole. A folder with splits in its names is a copy of a data set, and is read as
 `datasets.load_dataset` reads the original:
@@ -116,10 +116,10 @@ def _folder_files(folder: Path, split: str, name: str | None) -> Paths:
     if set(splits) <= {None}:  # a folder of sources: of no split, so all of it is train
         if split == "train":
             return list(map(str, files)) or str(folder)
-        raise ValueError(f"{folder}: no split {split!r}, and no names that tell of splits: {_listed(splits)}")
+        raise ValueError(f"{folder}: no split {split!r}, and no names with a split in them: {_listed(splits)}")
     if None in splits:
         raise ValueError(
-            f"{folder}: not clear what to read, since some names tell of a split and others do not: {_listed(splits)}. "
+            f"{folder}: not clear what to read, because some names have a split in them and others do not: {_listed(splits)}. "
             "Name the files that you mean"
         )
     return _one_source(str(folder), _split(str(folder), split, splits))

@@ -1,5 +1,5 @@
 """
-Metrics of [`~trl_mprm.evaluation.metrics`] as modules of the `evaluate` library, loaded from the installed package without a hub.
+Offer the metrics of [`~trl_mprm.evaluation.metrics`] as modules of the `evaluate` library, without a download.
 
     import evaluate
     from trl_mprm import evaluate_modules
@@ -20,7 +20,7 @@ NAMES = ("step_f1", "step_auc", "step_calibration", "first_error", "best_of_n")
 
 def path(name: str) -> str:
     """
-    Path of a metric module, for `evaluate.load` and `evaluate.combine`.
+    Return the path of a metric module, for `evaluate.load` and `evaluate.combine`.
 
     Examples:
     ```python

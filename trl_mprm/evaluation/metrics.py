@@ -59,7 +59,7 @@ def step_metrics(
         threshold (`float` or `str`, *optional*, defaults to `"held_out"`):
             A number in [0, 1] is used directly (protocol `fixed`). `"held_out"` deals the questions into 5 folds (fewer
             if there are fewer questions), each of which uses the [`best_threshold`] of the others. `"oracle"` uses the
-            best threshold on the very steps that are measured, as the paper's code does, which flatters the model.
+            best threshold on the same steps that are measured, as the paper's code does, which makes the figures too high.
         n_resamples (`int`, *optional*, defaults to `1000`):
             Bootstrap resamples of questions, drawn with `seed`. 0 skips the intervals.
 

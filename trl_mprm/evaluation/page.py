@@ -1,7 +1,7 @@
 """
 Write a page about an evaluation, in one HTML file that loads nothing.
 
-In go the items of a [`Benchmark`], the lines of `scores.jsonl`, and the results:
+It is made of the items of a [`Benchmark`], the lines of `scores.jsonl`, and the results:
 
     {"id": "DynaMath:0", "labels": [1, -1], "scores": [0.97, 0.08], ...}
 
@@ -42,7 +42,7 @@ MAX_LISTED = 50  # refused records and failed items
 
 VERDICTS = {
     "found": "first error found",
-    "clean": "no error, none reported",
+    "clean": "no error, and none reported",
     "other": "error reported at another step",
     "missed": "error missed",
     "false": "false alarm",

@@ -21,7 +21,7 @@ from .tables import comparison_rows, percent
 PROTOCOLS = {
     "fixed": "set beforehand (`fixed`)",
     "held_out": "tuned on other questions, five folds (`held_out`)",
-    "oracle": "tuned on the very items that are measured (`oracle`), which flatters",
+    "oracle": "tuned on the same items that are measured (`oracle`), which makes the figures too high",
     None: "not stated by the source",
 }
 
@@ -113,7 +113,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes = [f"{count} refused: {reason}" for reason, count in report["refused"].items()]
     notes += [f"{len(report['failed'])} not scored, for an error"] if report["failed"] else []
     notes += [f"{count:,} {quirk.replace('_', ' ')}" for quirk, count in report["quirks"].items()]
-    return [f"Of the benchmark: {'; '.join(notes)}.", ""] if notes else []
+    return [f"About the benchmark: {'; '.join(notes)}.", ""] if notes else []
 
 
 def _beside(

@@ -134,7 +134,7 @@ def score_items(
         if own.is_file():  # a truncated write has no newline at its end
             with open(own, "rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
-        state.wait_for_everyone()  # nobody writes before everybody has read
+        state.wait_for_everyone()  # no process writes before all have read
     scored = {name for name, record in done.items() if record["scores"] is not None}  # failed items are tried again
     chunks = [chunk for chunk in _chunks(items, batch_size) if not scored.issuperset(item["id"] for item in chunk)]
     mine = chunks[state.process_index :: state.num_processes]
@@ -150,7 +150,7 @@ def score_items(
     if state.num_processes > 1:
         state.wait_for_everyone()
         done = _read_parts(folder, parts)
-        state.wait_for_everyone()  # nobody tidies up before everybody has read
+        state.wait_for_everyone()  # no process tidies up before all have read
     return [done[item["id"]] for item in items]
 
 

@@ -57,7 +57,7 @@ def load_step_classifier(folder: str, head: str, **model_init_kwargs: Any) -> St
     """
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **model_init_kwargs}
     check_safetensors(Path(folder))
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             names = [name for name in weights.keys() if name.startswith(head + ".")]

@@ -86,7 +86,8 @@ def _forward_distinct(
 def _places(parts: list[tuple[torch.Tensor, ...]]) -> tuple[list[int], list[int]]:
     """For each part the index of its distinct value, and for each distinct value the place of its first part."""
     sums = torch.stack([part[0].double().sum() for part in parts]).tolist()  # synchronises with the device once
-    place, first = [], []
+    place: list[int] = []
+    first: list[int] = []
     for index, part in enumerate(parts):
         same = (
             number

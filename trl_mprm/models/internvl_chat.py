@@ -90,7 +90,7 @@ def convert_internvl_chat(
     Write the checkpoint into `output` as `InternVLForConditionalGeneration` with its processor.
 
     The folder appears only when it is complete. It loads with `AutoModelForImageTextToText` and `AutoProcessor`, offline
-    and without remote code, and with [`ProcessRewardModel`] if the Hub id tells the format. Tensors keep their
+    and without remote code, and with [`ProcessRewardModel`] if the format is known for the Hub id. Tensors keep their
     precision; the conversion holds them all in memory (16 GB for 8B in bfloat16).
 
     Args:

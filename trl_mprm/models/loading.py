@@ -1,7 +1,7 @@
 """
 Load a model and its processor, add the marker, freeze and quantise the right parts.
 
-Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`, because transformers tells where the text
+Works with any `AutoModelForImageTextToText` and `AutoModelForCausalLM`, because transformers says where the text
 decoder (`get_decoder`) and the vision encoder (`get_encoder("image")`) of an architecture are.
 """
 

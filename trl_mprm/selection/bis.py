@@ -239,7 +239,7 @@ def _is_batch(row: Mapping) -> bool:
         raise _other_format(next(step for step in steps if type(step) in odd))
     if kinds:
         return list in kinds
-    # No step, or only nulls, can be a row without a score or a batch of rows without steps; another column tells.
+    # No step, or only nulls, can be a row without a score or a batch of rows without steps; another column decides.
     return any(isinstance(row[name], list) for name in ("rollout_id", "source") if name in row)
 
 

@@ -1,8 +1,8 @@
 """
-Table 1 of the paper (arXiv 2602.04145) for any corpus: the subsets that the rules would keep, side by side.
+Make Table 1 of the paper (arXiv 2602.04145) for any corpus: the subsets that the rules would keep, side by side.
 
-In go annotated rollouts, as [`~trl_mprm.load_rollouts`] takes them. Out come figures of the full data and of each rule's
-subset, e.g. for the paper's corpus at a fraction of 25%:
+The input is annotated rollouts, as [`~trl_mprm.load_rollouts`] takes them. The output is a few figures of the full data
+and of the subset of each rule, e.g. for the paper's corpus at a fraction of 25%:
 
     {"rollouts": 565096, "steps": 3174394, "steps_per_rollout": 5.62, "words_per_step": 27.8, "error_step_share": 0.0357,
      "mean_mc": 0.8566, "mixed_share": 0.0767, "all_wrong_share": ..., "mean_group_size": ...}
@@ -87,7 +87,7 @@ def compare_rules(
             for spec in specs:
                 cut = find_cut(summary, spec, images_required=image_root is not None)
                 if not cut.valid.any():
-                    raise ValueError(f"{inputs}: no row can be used: select without --compare tells why")
+                    raise ValueError(f"{inputs}: no row can be used: select without --compare says why")
                 while not cut.settled:
                     cut = settle(cut, run.ties(cut))
                 kept, words, all_words = zip(*run.map(_kept, cut), strict=True)
@@ -97,13 +97,13 @@ def compare_rules(
 
 
 def _has_column(shards: list[Shard], name: str) -> bool:
-    """Whether the first row has a field."""
+    """Return whether the first row has a field."""
     lines = (line for _, lines in line_batches(shards[0], {*READ_KEYS, name}) for line in lines if line.strip())
     return (parse(next(lines, b"")) or {}).get(name) is not None
 
 
 def comparison_table(table: dict[str, dict]) -> list[list]:
-    """The result of [`compare_rules`] as table rows, header first, with a column for each rule, as in the paper."""
+    """Format the result of [`compare_rules`] as table rows, header first, with a column per rule, as in the paper."""
     header = ["", *table]
     return [
         header,

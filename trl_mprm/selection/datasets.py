@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Selection:
     """
-    The rollouts that a rule kept. Called with a row, a batch or an Arrow table, it tells which rows are kept, as in
+    The rollouts that a rule kept. Called with a row, a batch or an Arrow table, it says which rows are kept, as in
     `dataset.filter(selection)`. It is picklable and has the same fingerprint in every process.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Select from files to files."""
+"""Select from files, and write files."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def select_files(
     split: str = "train",
 ) -> dict:
     """
-    Select from files to files: keep the rows that [`select`] keeps of [`load_rollouts`], in their own format.
+    Select from files, and write files: keep the rows that [`select`] keeps of [`load_rollouts`], in their own format.
 
     Writes, each whole or not at all, the kept rows, `selection.json` beside them, and `refused.jsonl` (file, line,
     reason) if any row was refused. A `*.jsonl` output holds the kept lines unchanged, byte for byte; a `*.parquet`

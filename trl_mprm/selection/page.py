@@ -1,8 +1,8 @@
 """
-Write a page that shows what a selection kept: a self-contained HTML file, no script, nothing from the network.
+Write a page that shows what a selection kept: a self-contained HTML file without scripts that loads nothing.
 
-In go the report of `trl-mprm select` (the content of `selection.json`), the numbers of rollouts of each kind that were
-read and kept (the summaries of the passes), and a few rollouts to read:
+It is made of the report of `trl-mprm select` (the content of `selection.json`), the numbers of rollouts of each kind that
+were read and kept (the summaries of the passes), and a few rollouts to read:
 
     {"rule": "bis", "fraction": 0.1, "total": {"read": 8000, "kept": 798, ...}, "sources": {"Geometry3K": {...}}}
     4,083 rollouts of 5 steps, 5 positive, sum 5.0, of them 310 kept; 12 of 4 steps, 2 positive, sum 1.5, all kept; ...

@@ -71,7 +71,8 @@ def _write_parquet(
     rows = writer.rows(emitted, parts, report, resolve=True)
     schema = writer.features(rows()).arrow_schema
     folder.mkdir(parents=True)
-    files, parquet = [], None
+    files: list[Path] = []
+    parquet = None
     for chunk in chunks(rows(), 100):
         if parquet is None:
             files.append(folder / f"{len(files)}.parquet")

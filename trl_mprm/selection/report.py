@@ -28,7 +28,7 @@ MANY_ALL_WRONG = 0.1
 
 
 def describe_refused(summary: Summary, cut: Cut) -> list[str]:
-    """One line per reason: how many rows were refused, from which sources, and the place of the first."""
+    """Write one line per reason: how many rows were refused, from which sources, and the place of the first."""
     reasons = reason_of_kinds(summary.kinds, cut.check_images)
     first: dict[int, tuple[int, int]] = {}
     for (reason, unread), line in summary.first.items():
@@ -48,7 +48,7 @@ def describe_refused(summary: Summary, cut: Cut) -> list[str]:
 
 
 def ties_of_sources(summary: Summary, cut: Cut) -> np.ndarray:
-    """How many rows of each source score exactly the cut of their stratum."""
+    """Count the rows of each source whose score is exactly the cut of their stratum."""
     kinds = summary.kinds
     score = score_of_kinds(cut.spec, kinds, summary.value)
     at = score == cut.cut_score[cut.stratum[kinds["source"]]]
@@ -89,7 +89,7 @@ def describe(summary: Summary, check_images: bool = True, source: str | None = N
 
 
 def all_wrong_warning(report: dict) -> str | None:
-    """A one-line warning if many of the kept rows have no positive step, else None."""
+    """Return a one-line warning if many of the kept rows have no positive step, else None."""
     n, kept = report["total"]["all_wrong"], report["total"]["kept"]
     if n is None or n <= MANY_ALL_WRONG * kept:
         return None
@@ -101,7 +101,7 @@ def all_wrong_warning(report: dict) -> str | None:
 
 def report_table(report: dict) -> list[list]:
     """
-    The report of a selection as table rows, header first, `total` last, cut down to fit a terminal of 100 columns.
+    Format the report of a selection as table rows, header first, `total` last, cut down to fit a terminal of 100 columns.
     """
     table = [["source", "read", "refused", "valid", "kept", "cut", "mixed", "errors", "all wrong"]]
     for source, row in [*report["sources"].items(), ("total", report["total"])]:
@@ -113,7 +113,7 @@ def report_table(report: dict) -> list[list]:
 
 def build_report(cut: Cut, summary: Summary, kept: Summary) -> dict:
     """
-    The content of `selection.json`. For each source and in total, read = kept + dropped + refused.
+    Build the content of `selection.json`. For each source and in total, read = kept + dropped + refused.
 
     Args:
         cut ([`~trl_mprm.selection.threshold.Cut`]):
@@ -169,7 +169,7 @@ def find_report(dataset: str | os.PathLike, n_rows: int) -> tuple[dict | None, s
         dataset (`str` or path):
             Source of the rows: a file, a folder (also one written by `save_to_disk`), or a dataset on the Hub.
         n_rows (`int`):
-            How many rows were read.
+            Number of rows that were read.
 
     Returns:
         `(report, "")` if each file is in the report and has the content that the selection wrote, and all its rows were
@@ -231,9 +231,9 @@ def _why_not(report: dict | None, files: list[Path], n_rows: int) -> str:
     told, there = report["output"], {file.name for file in files}
     if files and there != set(told):
         missing, more = sorted(set(told) - there), sorted(there - set(told))
-        return f"it tells of {missing[0]} too" if missing else f"it does not tell of {more[0]}"
+        return f"it also lists {missing[0]}" if missing else f"it does not list {more[0]}"
     for file in files:
         if content_hash(file)[0] != told[file.name]["xxh3_128"]:
             return f"{file.name} changed after the selection"
     kept = report["total"]["kept"]
-    return "" if kept == n_rows else f"it tells of {kept:,} rows, and {n_rows:,} were read"
+    return "" if kept == n_rows else f"it counts {kept:,} rows, and {n_rows:,} were read"

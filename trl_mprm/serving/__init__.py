@@ -1,1 +1,1 @@
-"""Serve a process reward model over HTTP: export for vLLM, our own server, one client for both."""
+"""Serve a process reward model over HTTP, by vLLM or by a server of our own; one client reads both."""

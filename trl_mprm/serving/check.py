@@ -38,7 +38,7 @@ def check(url: str, folder: str | os.PathLike, api_key: str | None = None, timeo
             Seconds to wait for one answer.
 
     Returns:
-        `dict`: `solutions`, `steps`, `rows` (pairs that came back), `largest_difference` of P(step good) (None where the
+        `dict`: `solutions`, `steps`, `rows` (pairs that came back), `largest_difference` of P(step good) (None if the
         numbers of rows and steps differ), and `verdict`, one sentence.
 
     Raises:
@@ -77,7 +77,7 @@ def _verdict(rows: int, steps: int, largest: float | None) -> str:
     if largest <= FLOAT32:
         return "EQUAL: every score agrees to float32 rounding"
     if largest <= BFLOAT16:
-        return "CLOSE: the scores agree to bfloat16 rounding; start the server with --dtype float32 to see them equal"
+        return "CLOSE: the scores agree to bfloat16 rounding; start the server with --dtype float32 for equal scores"
     return (
         "DIFFERENT: the scores do not agree. Check that the server uses the chat template of this folder, that it reads "
         "pictures at the size of this folder's processor, and that no other adapter or quantisation is loaded"

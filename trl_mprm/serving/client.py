@@ -1,5 +1,5 @@
 """
-Use a process reward model behind a server like one in this process.
+Use a process reward model behind a server like a model in this process.
 
     prm = RemoteProcessRewardModel("http://127.0.0.1:8000")
     prm.best_of_n(["a.png"], "How many?", [["A and C.", "So 2."], ["One."]])
@@ -81,7 +81,9 @@ class RemoteProcessRewardModel(StepScorer):
         told = {"marker": entry.get("step_marker"), "joiner": entry.get("step_joiner")}
         own = StepFormat(**{key: value for key, value in told.items() if value is not None})
         self.step_format = step_format or own
-        self.reads_images = entry.get("reads_images", True)  # vLLM does not say, but refuses what it does not read
+        self.reads_images = entry.get(
+            "reads_images", True
+        )  # vLLM does not report this, but refuses rows that it cannot read
 
     def score_batch(self, rows: Sequence[dict[str, Any]], batch_size: int = 16) -> list[list[float]]:
         """
@@ -127,19 +129,19 @@ class RemoteProcessRewardModel(StepScorer):
             reason = type(error).__name__
             raise ConnectionError(f"{self.url} cannot be reached ({reason}): is the server running?") from error
         if answer.status_code in (400, 413, 422):
-            raise ValueError(f"the server refused it: {_message(answer)}")
+            raise ValueError(f"the server refused the row: {_message(answer)}")
         if not answer.ok:
             raise ConnectionError(f"{self.url}{path} answered {answer.status_code}: {_message(answer)}")
         try:
             return answer.json()
         except ValueError as error:
             raise ConnectionError(
-                f"{self.url}{path} answered no JSON: is this a server of process rewards?"
+                f"{self.url}{path} did not answer in JSON: is this a server for process reward models?"
             ) from error
 
 
 def _message(answer: requests.Response) -> str:
-    """The message of an error answer, in the form of OpenAI's API or in the server's own."""
+    """Extract the message of an error answer, in the form of OpenAI's API or in that of the server."""
     try:
         content = answer.json()
     except ValueError:

@@ -4,14 +4,14 @@ Export a process reward model as a folder that a stock server loads without a pl
 vLLM turns a language model into a classifier by itself when `config.json` says which tokens are its classes: it cuts two
 rows out of the LM head, and its STEP pooling reads them at each marker. The folder holds:
 
-    model.safetensors, tokenizer, processor    merged weights as they were trained, nothing added
+    model.safetensors, tokenizer, processor    merged weights, as they were trained
     config.json                                + classifier_from_token, method, num_labels
-    chat_template.jinja                        user turn -> [pictures][question], assistant turn -> the steps as they are
+    chat_template.jinja                        user turn -> [pictures][question], assistant turn -> the steps, unchanged
     SERVE.md                                   the command and a request for this model
-    check.py, parity.json                      a few solutions with their scores here, to compare with those of a server
+    check.py, parity.json                      a few solutions with their scores, to compare with those of a server
 
 How vLLM reads these keys: `vllm/model_executor/models/adapters.py`, `load_weights_no_post_processing`, and
-`vllm/model_executor/layers/pooler`, STEP pooling (read at 0.32).
+`vllm/model_executor/layers/pooler`, STEP pooling (as of 0.32).
 """
 
 import json
@@ -86,7 +86,7 @@ def export_for_vllm(prm: ProcessRewardModel, folder: str | os.PathLike, name: st
 
 
 def check_exportable(prm: ProcessRewardModel) -> None:
-    """Raise `ValueError` where vLLM cannot read this model's rewards, with the reason."""
+    """Raise `ValueError`, with the reason, if vLLM cannot read the rewards of this model."""
     why = why_not_in_vllm(prm.model, prm.processing_class, prm.step_format)
     if why is not None:
         raise ValueError(why)

@@ -19,7 +19,7 @@ class BoundedRequests:
         max_seconds (`float`):
             Time limit for receiving a body; beyond it the answer is 408.
         metrics (`Metrics`):
-            Counts requests by route and status, and their seconds.
+            Counts requests by route and status, and measures their seconds.
     """
 
     def __init__(self, app: Any, max_bytes: int, max_seconds: float, metrics: Any):
@@ -67,7 +67,7 @@ class BoundedRequests:
                     if not message.get("more_body"):
                         return b"".join(parts), None
         except TimeoutError:
-            return b"", (408, f"the request was not here whole within {self.max_seconds:g} seconds")
+            return b"", (408, f"the request did not arrive within {self.max_seconds:g} seconds")
 
 
 def _replayed(body: bytes, receive: Any) -> Any:
@@ -89,10 +89,10 @@ async def _answer(send: Any, status: int, message: str) -> None:
 
 class BoundedConnections(H11Protocol):
     """
-    uvicorn's HTTP/1.1 protocol (`uvicorn/protocols/http/h11_impl.py`), with two more bounds: connections beyond
+    uvicorn's HTTP/1.1 protocol (`uvicorn/protocols/http/h11_impl.py`), with two more limits: connections beyond
     `most` are closed at once, and one that has not sent the head of a request within `seconds` is closed.
 
-    uvicorn bounds neither: its `limit_concurrency` counts whole requests, and its keep-alive timer starts only after the
+    uvicorn limits neither: its `limit_concurrency` counts whole requests, and its keep-alive timer starts only after the
     first answer. Ten thousand idle connections would take ten thousand file handles.
     """
 

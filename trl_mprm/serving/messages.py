@@ -27,7 +27,7 @@ GOOD = 1  # index of P(good) in a pair
 
 def pooling_request(row: dict[str, Any], step_format: StepFormat, model: str) -> dict[str, Any]:
     """
-    The body of a request that scores one solution.
+    Write the body of a request that scores one solution.
 
     Args:
         row (`dict`):
@@ -35,7 +35,7 @@ def pooling_request(row: dict[str, Any], step_format: StepFormat, model: str) ->
         step_format ([`StepFormat`]):
             Marker and joiner of the served model.
         model (`str`):
-            Name under which the server offers it.
+            Name under which the server offers the model.
 
     Raises:
         `ValueError`: a step is empty or contains the marker, or a picture cannot be read.

@@ -50,7 +50,7 @@ class Pictures:
         self.finder = ImageFinder(self.root)
 
     def open(self, name: str) -> dict[str, Any]:
-        """Return a picture as rows hold it. Raises `ValueError` with one sentence that reveals nothing of this machine."""
+        """Return a picture in the form that rows hold. Raises `ValueError` with one sentence that reveals nothing about this machine."""
         if name.startswith("data:"):
             data = self._inline(name)
         elif urlsplit(name).scheme in ("http", "https"):
@@ -78,7 +78,7 @@ class Pictures:
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
-            raise ValueError("the data of an image is no base64") from None
+            raise ValueError("the data of an image is not valid base64") from None
 
     def _fetched(self, url: str) -> bytes:
         host = urlsplit(url).hostname

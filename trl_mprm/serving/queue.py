@@ -67,7 +67,7 @@ class ScoringQueue:
         """Wait for the scores of some rows. Raises [`Busy`], or the model's exception for these rows."""
         if self.waiting + len(rows) > self.max_waiting:
             raise Busy(
-                f"{self.waiting} solutions are waiting already, at most {self.max_waiting} may: try again later"
+                f"{self.waiting} solutions are already waiting, and the limit is {self.max_waiting}: try again later"
             )
         answer = asyncio.get_running_loop().create_future()
         self.jobs.append((rows, answer))
@@ -92,7 +92,8 @@ class ScoringQueue:
                     answer.set_result(outcome)
 
     def _take(self) -> list[tuple[Rows, asyncio.Future]]:
-        jobs, taken = [], 0
+        jobs: list[tuple[Rows, asyncio.Future]] = []
+        taken = 0
         while self.jobs and (not jobs or taken + len(self.jobs[0][0]) <= self.max_together):
             rows, answer = self.jobs.popleft()
             self.waiting -= len(rows)

@@ -6,7 +6,7 @@ Serve our scorer over HTTP. Unlike vLLM it scores all candidates of a question i
     GET  /v1/models, /health, /metrics (Prometheus), /docs (OpenAPI)
 
 Pictures come as data URLs, or as names inside the image root; network addresses are fetched only from hosts that are
-allowed by name. All that a client sends is limited: bytes, time, pictures, pixels, tokens, waiting requests.
+allowed by name. Everything that a client sends is limited: bytes, time, pictures, pixels, tokens and waiting requests.
 """
 
 import hmac
@@ -80,7 +80,7 @@ def create_app(
         prm ([`ProcessRewardModel`]):
             The model.
         name (`str`, *optional*, defaults to `"prm"`):
-            Name under which it is offered.
+            Name under which the model is offered.
         api_key (`str`, *optional*):
             Key that every request must carry, `Authorization: Bearer KEY`; `/health` needs none.
         pictures ([`Pictures`], *optional*):
@@ -110,24 +110,24 @@ def create_app(
 
     @app.post("/pooling", dependencies=key)
     async def pooling(body: PoolingRequest) -> dict[str, Any]:
-        """Scores of one solution, in the form of vLLM's `/pooling`."""
+        """Score one solution, in the form of vLLM's `/pooling`."""
         if body.model not in (None, name):
             return JSONResponse(_error(f"there is no model {body.model!r} here, only {name!r}", "NotFoundError"), 404)
         return await service.pooling([turn.model_dump(exclude_none=True) for turn in body.messages])
 
     @app.post("/best_of_n", dependencies=key)
     async def best_of_n(body: BestOfNRequest) -> dict[str, Any]:
-        """Candidates of one question, best first; its pictures and text are run once."""
+        """Rank the candidates of one question, best first; its pictures and text are run only once."""
         return await service.best_of_n(**body.model_dump())
 
     @app.get("/v1/models", dependencies=key)
     async def models() -> dict[str, Any]:
-        """The one model that is served, with the marker and the joiner that a client writes."""
+        """List the one model that is served, with the marker and the joiner that a client needs."""
         return service.models()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the server answers."""
+        """Answer if the server is up."""
         return {"status": "ok"}
 
     @app.get("/metrics", dependencies=key)
@@ -146,7 +146,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
     """
     Serve until the process is told to stop; pending requests are answered first.
 
-    Raises `OSError` where the address is in use.
+    Raises `OSError` if the address is in use.
     """
     try:
         listening = socket.create_server((host, port), backlog=2048)
@@ -173,7 +173,7 @@ def _error(message: str, kind: str) -> dict[str, Any]:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Answer every error with one sentence in the form of OpenAI's API that reveals nothing of this machine."""
+    """Answer every error with one sentence in the form of OpenAI's API that reveals nothing about this machine."""
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -196,4 +196,6 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(_error("the server failed on this request, its log says why", "InternalServerError"), 500)
+        return JSONResponse(
+            _error("the server failed on this request; its log has the reason", "InternalServerError"), 500
+        )

@@ -39,7 +39,7 @@ class Service:
         prm ([`ProcessRewardModel`]):
             The model.
         name (`str`):
-            Name under which it is offered.
+            Name under which the model is offered.
         pictures ([`Pictures`]):
             Opens pictures.
         limits ([`Limits`]):
@@ -53,7 +53,7 @@ class Service:
         self.tokenizer = tokenizer_of(prm.processing_class)
 
     async def pooling(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """Scores of one solution, in the form of vLLM's `/pooling`."""
+        """Score one solution, in the form of vLLM's `/pooling`."""
         prompt, images, steps = solution_of(messages, self.prm.step_format)
         question = prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt
         row = {"images": await self._opened(images), "prompt": question, "completions": steps}
@@ -71,7 +71,7 @@ class Service:
     async def best_of_n(
         self, question: str, images: list[str], candidates: list[str | list[str]], aggregate: str, split: str
     ) -> dict[str, Any]:
-        """Candidates of one question, best first; its pictures and text are run once."""
+        """Rank the candidates of one question, best first; its pictures and text are run only once."""
         if len(candidates) > self.limits.candidates:
             raise ValueError(f"{len(candidates)} candidates came, at most {self.limits.candidates} are ranked")
         opened = await self._opened(images)
@@ -88,7 +88,7 @@ class Service:
         return {"model": self.name, "ranking": sorted(ranking, key=lambda candidate: -candidate["score"])}
 
     def models(self) -> dict[str, Any]:
-        """The one model that is served, with the marker and the joiner that a client writes."""
+        """List the one model that is served, with the marker and the joiner that a client needs."""
         layout = {"step_marker": self.prm.step_format.marker, "step_joiner": self.prm.step_format.joiner}
         entry = {"id": self.name, "object": "model", "owned_by": "trl-mprm", "reads_images": self.prm.reads_images}
         return {"object": "list", "data": [entry | layout]}

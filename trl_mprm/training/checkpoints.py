@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str:
-    """The last checkpoint in `folder` whose files all load; a warning says what is wrong with any later one."""
+    """Find the last checkpoint in `folder` whose files all load; a warning says what is wrong with any later one."""
     numbered = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(folder).glob("checkpoint-*")}
     steps = {path: int(match[1]) for path, match in numbered.items() if match}
-    for checkpoint in sorted(steps, key=steps.get, reverse=True):
+    for checkpoint in sorted(steps, key=steps.__getitem__, reverse=True):
         fault = checkpoint_fault(checkpoint)
         if fault is None:
             return str(checkpoint)
@@ -37,7 +37,7 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str:
 
 
 def checkpoint_fault(checkpoint: str | os.PathLike) -> str | None:
-    """The reason why training cannot resume from a checkpoint; None if all of its files load."""
+    """Return the reason why training cannot resume from a checkpoint; None if all of its files load."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"

@@ -1,4 +1,4 @@
-"""The fields of process reward training beyond `transformers.TrainingArguments`."""
+"""Configure the training of a process reward model: the fields beyond those of `transformers.TrainingArguments`."""
 
 import math
 from collections.abc import Iterable
@@ -34,9 +34,9 @@ class ProcessRewardConfig(TrainingArguments):
         reward_tokens (`list[str]`, *optional*, defaults to `["Yes", "No"]`):
             Tokens whose logits tell a good step from a bad one, one token each.
         loss_type (`str`, *optional*, defaults to `"hard"`):
-            `"hard"`: label 1[MC score > threshold], `"soft"`: the MC score itself, `"beta_binomial"`: the count of
-            good continuations, from the columns `mc_counts` and `mc_total` (its mean is the score; the logit of the
-            marker itself learns the concentration).
+            What a step learns: `"hard"` the label 1[MC score > threshold], `"soft"` the MC score itself,
+            `"beta_binomial"` the count of good continuations in the columns `mc_counts` and `mc_total` (the mean is the
+            score; the logit of the marker learns the concentration).
         hard_threshold (`float`, *optional*, defaults to `0.0`):
             Threshold of the hard label.
         concentration_penalty (`float`, *optional*, defaults to `0.05`):
@@ -56,16 +56,16 @@ class ProcessRewardConfig(TrainingArguments):
             `eval_overlong_rows` and so on in an evaluation).
         share_prefix (`bool`, *optional*, defaults to `False`):
             Encode a question and its images once per batch, however many rollouts share them. The rows of a question
-            are drawn together, and its solutions are padded to the longest of them: a third of the tokens in our test
-            with solutions of one to six steps. Not available under FSDP and DeepSpeed ZeRO-3.
+            are drawn together, and its solutions are padded to the longest of them; in our test with solutions of one
+            to six steps a third of the tokens was padding. Not available under FSDP and DeepSpeed ZeRO-3.
         train_on_last_step_only (`bool`, *optional*, defaults to `False`):
             Whether to train only on the last step of each row. An evaluation uses all steps.
         dataset_num_proc (`int`, *optional*):
             Number of processes that prepare the data sets.
         reward_head (`str`, *optional*):
-            Defaults to the head of the model: `"classification"` of a token classifier, else `"lm"`. `"lm"`: two tokens of the language-model head. `"classification"`: a head of two labels on a text-only
-            model, as TRL's `PRMTrainer` trained; the prompt is plain text and a step is read at the last token of
-            `step_separator`.
+            `"lm"` reads two tokens of the language-model head. `"classification"` reads a head of two labels on a
+            text-only model, as TRL's `PRMTrainer` trained it; the prompt is plain text, and a step is read at the last
+            token of `step_separator`. Defaults to `"classification"` for a token classifier and to `"lm"` for others.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether the dropout of a token classifier is switched off.
         step_separator (`str`, *optional*, defaults to `"\\n"`):

@@ -1,5 +1,5 @@
 """
-Features particular to TRL's `PRMTrainer` (up to 1.13), for those who migrate from it.
+Keep the features of TRL's `PRMTrainer` (up to 1.13), for those who migrate from it.
 
     {"prompt": "2+2?", "completions": ["2+2", "is 4"], "labels": [True, False]}
     input_ids  2 + 2 ?  2 + 2 \\n  i s _ 4 \\n
@@ -72,8 +72,8 @@ def tokenize_row(
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """
-    Share of the labelled steps that are predicted correctly or, for pairs of rewards, of pairs whose better reward is
-    the higher.
+    Compute the share of labelled steps that are predicted correctly or, for pairs of rewards, the share of pairs in which
+    the better answer has the higher reward.
 
     Args:
         prediction ([`~transformers.EvalPrediction`]):
@@ -104,7 +104,7 @@ def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def last_step_only(dataset: Dataset | IterableDataset, num_proc: int | None = None) -> Dataset | IterableDataset:
-    """The rows with the label of their last step alone."""
+    """Return the rows with the label of their last step alone."""
     features = dataset.features
     if features is not None:  # a column of booleans would turn -100 into True
         features = Features({**features, "labels": List(Value("float64"))})

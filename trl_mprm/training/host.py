@@ -291,7 +291,7 @@ class HostedTrainer(Trainer):
     def push_to_hub(self, *args, **kwargs) -> Any:
         """
         Publish model and card, as [`~transformers.Trainer.push_to_hub`] does. If the Hub cannot be reached, both are
-        written locally, and a warning tells how to push later.
+        written locally, and a warning says how to push later.
         """
         try:
             return super().push_to_hub(*args, **kwargs)

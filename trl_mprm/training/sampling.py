@@ -28,7 +28,7 @@ from ..prompting.tokens import ProcessingClass
 
 def prompt_groups(dataset: Dataset) -> list[list[int]]:
     """
-    Row numbers by question: rows with the same images and prompt. Images are compared as they are stored, undecoded.
+    Group row numbers by question, i.e. by images and prompt. Images are compared in their stored form, undecoded.
 
     Examples:
     ```python
@@ -52,7 +52,7 @@ def prompt_groups(dataset: Dataset) -> list[list[int]]:
 
 
 def unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows as plain Python values, whatever `with_format` asked for; a custom transform stays."""
+    """Return the same rows as plain Python values, whatever `with_format` asked for; a custom transform stays."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
     own = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
@@ -60,7 +60,7 @@ def unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows with undecoded pictures, so that the code that opens a broken one can name the row."""
+    """Return the same rows with undecoded pictures, so that the code that opens a broken one can name the row."""
     dataset = unformatted(dataset)
     if (dataset.features or {}).get("images") != List(Image()):
         return dataset
@@ -131,7 +131,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def by_prompt(groups: list[list[int]]) -> Callable[[torch.Generator], Iterable[int]]:
-    """The groups of [`prompt_groups`] in random order, with the rows of each group in succession."""
+    """Put the groups of [`prompt_groups`] in random order, with the rows of each group in succession."""
 
     def order(generator: torch.Generator) -> Iterator[int]:
         return chain.from_iterable(
@@ -162,7 +162,7 @@ class WithLength:
 def with_lengths(
     dataset: Dataset | IterableDataset, processing_class: ProcessingClass, step_format: StepFormat, column: str
 ) -> Dataset | IterableDataset:
-    """The same rows with a column of their lengths in tokens; a stream is returned unchanged."""
+    """Return the same rows with a column of their lengths in tokens; a stream is returned unchanged."""
     if isinstance(dataset, IterableDataset):
         return dataset
     counted = WithLength(processing_class, step_format, column)

@@ -1,4 +1,4 @@
-"""A thin `transformers.Trainer` for process reward models on images and text: set-up, loss, metrics, log."""
+"""Train process reward models on images and text with `transformers.Trainer`: set-up, loss, metrics, log."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ from .sampling import undecoded, unformatted, with_lengths
 
 class ProcessRewardTrainer(HostedTrainer):
     """
-    Trainer for process reward models: one reward after every step of a solution.
+    Trainer for process reward models, which give one reward after every step of a solution.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -43,7 +43,7 @@ class ProcessRewardTrainer(HostedTrainer):
             Rows with `prompt`, `completions`, `labels` and, with a vision-language model, `images`. Labels are Monte
             Carlo scores, booleans or 0/1; -100 ignores a step.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
-            The same for evaluation; logs the exact step mean of the loss and step metrics.
+            Such rows for evaluation, which logs step metrics and the exact mean of the loss over all steps.
         processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Defaults to the processor or tokenizer of `model`.
         compute_metrics (`Callable`, *optional*):
