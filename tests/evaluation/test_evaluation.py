@@ -679,7 +679,7 @@ def test_markdown_stands_beside_published_rows_in_their_own_convention():
     paper = section(text, "Training Data Efficiency")
     # The paper's convention: step-weighted, and the threshold tuned on the test items, whatever this run was asked for.
     overall = f"{100 * measured['oracle']['macro_f1_step_weighted']:.2f}"
-    assert f"| **tiny** | **{overall}** |" in paper and "Threshold of all rows: tuned on the very items" in paper
+    assert f"| **tiny** | **{overall}** |" in paper and "Threshold of all rows: tuned on the same items" in paper
     assert "| InternVL2.5-8B BIS-10% | 65.46 | 66.90 | 65.07 | 63.35 | 65.56 | 65.10 |" in paper
     assert "VisualPRM-8B" not in paper and "solutions, the others on" not in paper
     rows = [line.replace("*", "").split(" | ") for line in paper.splitlines() if line.startswith("| ")]
@@ -824,7 +824,7 @@ def test_page_is_bounded(folder):  # noqa: F811
     results = evaluate_model(MODEL, Benchmark("", items, []), 0.5, output_dir=folder / "results")
     page = write_report(folder / "results", Benchmark("", items, []), "tiny")[1].read_text()
     assert results["n_solutions"] == 400 and page.count('<article class="card') == 60
-    assert "60 of 400, as many of each source" in page
+    assert "60 of 400, the same number from each source" in page
     assert len(re.findall('<article [^>]*data-source="1"', page)) == 30
 
 

@@ -122,7 +122,7 @@ def test_page_tells_what_the_report_tells(tmp_path, rule):
 def test_page_names_inputs_without_their_folders(tmp_path):
     text, report = make_page(tmp_path)
     assert report["inputs"] == [str(tmp_path / "in")]
-    assert str(tmp_path) not in text and "From in. What was read" in Page(text).text
+    assert str(tmp_path) not in text and "The rollouts come from in. This page shows" in Page(text).text
 
 
 def test_page_of_one_cut_for_the_whole_corpus(tmp_path):
