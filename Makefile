@@ -4,11 +4,11 @@ BIN := $(VENV)/bin
 
 .PHONY: demo study model_cards test test-lowest lint install
 
-# make demo            the main job on the embedded default, about eight minutes on two cores
+# make demo            the main job on the embedded default, about ten minutes on two cores: QLoRA
 # make demo QUICK=1    smaller, one seed, about two minutes
-# make demo QLORA=1    the same on a base in 4-bit NF4
+# make demo FULL=1     all weights instead of adapters on a base in 4 bit
 demo: install
-	$(BIN)/trl-mprm demo $(if $(QUICK),--quick) $(if $(QLORA),--qlora)
+	$(BIN)/trl-mprm demo $(if $(QUICK),--quick) $(if $(FULL),--full)
 
 # make study           the paper's study in miniature, about three hours on two cores; stopped, it goes on when started again
 study: install

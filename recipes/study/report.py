@@ -1,5 +1,5 @@
 """
-The report of the study: one table and four pictures beside the paper's figures, and what replicates.
+The report of the study: the answers to the questions of plan.md, every arm, and three pictures beside the paper's figures.
 
     python recipes/study/report.py runs/study      (study.py ends with it)
 
@@ -9,83 +9,81 @@ In, `results.json` of the study; out, `table.md` and the pictures in the same fo
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from trl_mprm.demo.run import interval
+from trl_mprm.demo.inference import holm, interval, p_above, p_equivalent
+from trl_mprm.demo.plots import dots
+from trl_mprm.demo.run import F1, MARGIN
 from trl_mprm.evaluation.published_results import TABLES
 from trl_mprm.files import atomic_output
+from trl_mprm.plotting import SUBSETS, save_light_and_dark
 
 
-matplotlib.use("Agg")  # writes files only; a server has no display
-import matplotlib.pyplot as plt  # noqa: E402
-
-
-F1 = "macro_f1_step_weighted"
 BACKBONES = ("InternVL2.5-8B", "Qwen2.5-VL-7B")
 PAPER = {row[0]: row[1] for row in TABLES["visualprocessbench"][0].rows}
-FRACTIONS = (5, 10, 15, 25, 35, 50)
-YLIM = (40, 100)
-GREEN, BLUE, RED, GREY, AMBER = "#2a9d55", "#4878a8", "#d1495b", "#8a939c", "#e9a23b"
 # Our arm -> the paper's row.
 PAPER_ROWS = {
     "zero-shot": "Base",
     "full": "Full Hard 0",
     "full-1/N": "Full Hard 1/N",
-    "full-2/N": "Full Hard 2/N",
     "full-soft": "Full Soft",
-    **{f"random{percent}": f"Random-{percent}%" for percent in FRACTIONS},
-    **{f"bis{percent}": f"BIS-{percent}%" for percent in FRACTIONS},
+    **{f"random{percent}": f"Random-{percent}%" for percent in (10, 25, 50)},
+    **{f"bis{percent}": f"BIS-{percent}%" for percent in (10, 25, 50)},
     "mixed25": "Mixed-25%",
     "reliable25": "Reliable-25%",
     "low_mc25": "Low-MC-25%",
-    "bis25-alpha0.02": "BIS-25% alpha 0.02",
 }
-# What the paper says, as a difference of two arms: (words, arm, other arm, the sign it should have; 0: none).
-CLAIMS = (
-    ("training on Monte Carlo labels lifts the base", "full", "zero-shot", 1),
-    ("BIS-5% beats random-5%", "bis5", "random5", 1),
-    ("BIS-10% beats random-10%", "bis10", "random10", 1),
-    ("BIS-15% beats random-15%", "bis15", "random15", 1),
-    ("BIS-25% beats random-25%", "bis25", "random25", 1),
-    ("BIS-35% beats random-35%", "bis35", "random35", 1),
-    ("BIS-50% beats random-50%", "bis50", "random50", 1),
-    ("BIS-10% is as good as full data", "bis10", "full", 0),
-    ("BIS-25% is as good as full data", "bis25", "full", 0),
-    ("random-25% falls behind full data", "random25", "full", -1),
-    ("mixed-25% beats random-25%", "mixed25", "random25", 1),
-    ("low-MC-25% beats random-25%", "low_mc25", "random25", 1),
-    ("reliable-25% is behind random-25%", "reliable25", "random25", -1),
-    ("BIS-25% beats mixed-25%", "bis25", "mixed25", 1),
-    ("BIS-25% beats low-MC-25%", "bis25", "low_mc25", 1),
-    ("BIS-25% beats reliable-25%", "bis25", "reliable25", 1),
-    ("alpha 0.02 is behind 0.05 at 25%", "bis25-alpha0.02", "bis25", -1),
-    ("threshold 1/N is behind 0 on full data", "full-1/N", "full", -1),
-    ("threshold 2/N is behind 0 on full data", "full-2/N", "full", -1),
-    ("soft labels are behind hard labels on full data", "full-soft", "full", -1),
+ABOVE, BELOW, DIFFERENT, EQUAL, NOT_BEHIND = "above", "below", "different", "equal", "not behind"
+NON_INFERIORITY = 3.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`one` against `other`: above, below, different (no direction), equal within 2 points, or not 3 points behind."""
+
+    words: str
+    one: str
+    other: str
+    kind: str = ABOVE
+    world: str = "standard"
+
+
+PRIMARY = (
+    Claim("BIS-10% is better than a random 10%", "bis10", "random10"),
+    Claim("BIS-10% is as good as all rollouts", "bis10", "full", EQUAL),
 )
-# Ours alone: the paper prints no figure for these.
-FURTHER = (
-    ("true labels against Monte Carlo labels, the same random 10%", "true10", "random10"),
-    ("true labels against Monte Carlo labels, full data", "true-full", "full"),
-    ("random-25% for 4 epochs (as many updates as full) against full", "random25x4", "full"),
-    ("random-25% for 4 epochs against one", "random25x4", "random25"),
-    ("mixed-10% against random-10%", "mixed10", "random10"),
-    ("low-MC-10% against random-10%", "low_mc10", "random10"),
-    ("reliable-10% against random-10%", "reliable10", "random10"),
-    ("BIS-10% against mixed-10%", "bis10", "mixed10"),
-    ("BIS-10%: alpha 0.02 against 0.2", "bis10-alpha0.02", "bis10"),
-    ("BIS-10%: alpha 0.05 against 0.2", "bis10-alpha0.05", "bis10"),
-    ("BIS-10%: alpha 0.1 against 0.2", "bis10-alpha0.1", "bis10"),
-    ("BIS-10%: alpha 0.5 against 0.2", "bis10-alpha0.5", "bis10"),
-    ("BIS-25%: alpha 0.2 against 0.05", "bis25-alpha0.2", "bis25"),
-    ("BIS-10%: ties by hash against first in the file", "bis10-hash", "bis10"),
-    ("BIS-25%: ties by hash against first in the file", "bis25-hash", "bis25"),
-)
+SECONDARY = (
+    Claim("training on Monte Carlo labels lifts the base", "full", "zero-shot"),
+    Claim("true labels are better, all rollouts", "true-full", "full"),
+    Claim("true labels are better, the same random 10%", "true10", "random10"),
+    Claim("BIS-25% beats random-25%", "bis25", "random25"),
+    Claim("BIS-25% is as good as all rollouts", "bis25", "full", EQUAL),
+    Claim("random-25% is as good as all rollouts", "random25", "full", EQUAL),
+    Claim("random-50% is as good as all rollouts", "random50", "full", EQUAL),
+    *(Claim(f"BIS-10% beats {name}-10%", "bis10", f"{rule}10") for rule, name in (
+        ("mixed", "mixed"), ("reliable", "reliable"), ("low_mc", "low-MC"), ("self_confidence", "self-confidence"))),
+    *(Claim(f"BIS-25% beats {name}-25%", "bis25", f"{rule}25") for rule, name in (
+        ("mixed", "mixed"), ("reliable", "reliable"), ("low_mc", "low-MC"))),
+    Claim("soft labels are behind hard labels, all rollouts", "full-soft", "full", BELOW),
+    Claim("threshold 1/N is behind 0, all rollouts", "full-1/N", "full", BELOW),
+    Claim("QLoRA is not 3 points behind all weights, BIS-10%", "bis10", "bis10-all-weights", NOT_BEHIND),
+    Claim("QLoRA is not 3 points behind all weights, random 10%", "random10", "random10-all-weights", NOT_BEHIND),
+    Claim("QLoRA is not 3 points behind all weights, all rollouts", "full", "full-all-weights", NOT_BEHIND),
+    Claim("BIS-10% beats random-10%, no guessable answers", "bis10", "random10", world="lighter noise"),
+    Claim("BIS-10% beats random-10%, more guessable answers", "bis10", "random10", world="heavier noise"),
+    Claim("BIS-10% beats a class-weighted random 10%", "bis10", "random10-weighted"),
+    Claim("BIS-10% beats a random 10% that is as mixed", "bis10", "random10-mixed"),
+    Claim("ties by hash differ from the first in the file", "bis10-hash", "bis10", DIFFERENT),
+    Claim("no answer step differs", "bis10-no-answer", "bis10", DIFFERENT),
+    Claim("alpha 0.05 differs from 0.2", "bis10-alpha0.05", "bis10", DIFFERENT),
+    Claim("alpha 0.5 differs from 0.2", "bis10-alpha0.5", "bis10", DIFFERENT),
+)  # fmt: skip
 
 
 class Study:
@@ -94,252 +92,215 @@ class Study:
     def __init__(self, results: dict):
         self.arms = list(results["arms"])
         self.runs = {(run["world"], run["arm"], run["seed"]): run for run in results["runs"]}
-        self.worlds = list(dict.fromkeys(run["world"] for run in results["runs"]))
 
     def by_seed(self, arm: str, world: str = "standard") -> dict[int, dict]:
         return {seed: run for (of, name, seed), run in self.runs.items() if (of, name) == (world, arm)}
 
-    def mean(self, arm: str, name: str = F1, world: str = "standard") -> dict:
-        return interval([100 * run[name] for run in self.by_seed(arm, world).values()])
+    def values(self, arm: str, name: str = F1, world: str = "standard") -> list[float]:
+        return [100 * run[name] for run in self.by_seed(arm, world).values()]
 
-    def difference(self, one: str, other: str, name: str = F1, world: str = "standard") -> dict | None:
-        """Mean of `one - other` over the seeds that both have, in points; `None` where they have none."""
-        mine, theirs = self.by_seed(one, world), self.by_seed(other, world)
-        both = sorted(mine.keys() & theirs.keys())
-        return interval([100 * (mine[seed][name] - theirs[seed][name]) for seed in both]) if both else None
-
-
-def significant(difference: dict) -> int:
-    """1 or -1 where the 95% interval leaves out 0, else 0."""
-    if difference["low"] is None:
-        return 0
-    return int(difference["low"] > 0) - int(difference["high"] < 0)
+    def differences(self, claim: Claim, name: str = F1) -> list[float]:
+        """`one - other` in points, for each seed that both have."""
+        mine, theirs = self.by_seed(claim.one, claim.world), self.by_seed(claim.other, claim.world)
+        return [100 * (mine[seed][name] - theirs[seed][name]) for seed in sorted(mine.keys() & theirs.keys())]
 
 
-def verdict(difference: dict, expected: int) -> str:
-    """Whether our interval bears out a claim; `expected` 0 claims that there is no difference."""
-    found = significant(difference)
-    if expected == 0:
-        return {1: "better than that", -1: "no", 0: "inconclusive"}[found]
-    return "yes" if found == expected else "inconclusive" if found == 0 else "the opposite"
+def p_value(claim: Claim, differences: list[float]) -> float:
+    """Two-sided where a difference is claimed; one-sided against the margin where there is one."""
+    if claim.kind == EQUAL:
+        return p_equivalent(differences, MARGIN)
+    if claim.kind == NOT_BEHIND:
+        return p_above(differences, -NON_INFERIORITY)
+    above = p_above(differences)
+    return 2 * min(above, 1 - above)
 
 
-def points(difference: dict | None) -> str:
-    if difference is None:
+def outcome(claim: Claim, differences: list[float], p: float) -> str:
+    """What a claim comes to at the 5% level, given its p-value, corrected or not."""
+    if p >= 0.05:
+        return "not shown"
+    upwards = float(np.mean(differences)) > 0
+    wrong_way = claim.kind in (ABOVE, BELOW) and upwards != (claim.kind == ABOVE)
+    return "the opposite" if wrong_way else "yes"
+
+
+def points(differences: list[float]) -> str:
+    if not differences:
         return "not run"
-    if difference["low"] is None:
-        return f"{difference['mean']:+.1f} (1 seed)"
-    return f"{difference['mean']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
+    found = interval(differences)
+    if found["low"] is None:
+        return f"{found['mean']:+.1f} (1 seed)"
+    return f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
 
 def paper(arm: str, backbone: str) -> float | None:
     return PAPER.get(f"{backbone} {PAPER_ROWS.get(arm)}")
 
 
-def paper_difference(one: str, other: str, backbone: str) -> str:
-    figures = paper(one, backbone), paper(other, backbone)
-    return "" if None in figures else f"{figures[0] - figures[1]:+.2f}"
+def paper_difference(claim: Claim, backbone: str) -> float | None:
+    figures = paper(claim.one, backbone), paper(claim.other, backbone)
+    return None if None in figures or claim.world != "standard" else figures[0] - figures[1]
 
 
-def arm_table(study: Study) -> list[list]:
+def answers(study: Study) -> dict[Claim, tuple[list[float], float | None, str]]:
+    """Claim -> differences, p-value (Holm's for the secondary ones; `None`: fewer than two seeds), and what it comes to."""
+    found: dict[Claim, tuple[list[float], float | None, str]] = {}
+    raw = {claim: study.differences(claim) for claim in (*PRIMARY, *SECONDARY)}
+    run = {claim: p_value(claim, raw[claim]) for claim in raw if len(raw[claim]) > 1}
+    words = {claim.words: run[claim] for claim in SECONDARY if claim in run}
+    corrected = {**holm(words), **{claim.words: run[claim] for claim in PRIMARY if claim in run}}
+    for claim, differences in raw.items():
+        p = corrected.get(claim.words)
+        found[claim] = differences, p, "not run" if p is None else outcome(claim, differences, p)
+    return found
+
+
+def claim_rows(study: Study, claims: tuple[Claim, ...]) -> list[list]:
+    rows, found = [], answers(study)
+    for claim in claims:
+        differences, p, words = found[claim]
+        theirs = [paper_difference(claim, backbone) for backbone in BACKBONES]
+        rows.append([claim.words, *("" if value is None else f"{value:+.2f}" for value in theirs), len(differences),
+                     points(differences), points(study.differences(claim, "auc")),
+                     "" if p is None else f"{p:.4f}" if p >= 0.0001 else "<0.0001", words])  # fmt: skip
+    return rows
+
+
+def arm_rows(study: Study) -> list[list]:
     rows = []
     for arm in study.arms:
         runs = list(study.by_seed(arm).values())
         if not runs:
             rows.append([arm, "not run"] + [""] * 9)
             continue
-        f1 = study.mean(arm)
+        f1 = interval(study.values(arm))
         spread = "" if f1["low"] is None else f"{f1['low']:.1f} to {f1['high']:.1f}"
-        labels = [f"{100 * np.mean([run[name] for run in runs]):.0f}%" if name in runs[0] else ""
-                  for name in ("mixed_rollouts", "wrong_but_positive")]  # fmt: skip
-        counts = [f"{np.mean([run[name] for run in runs]):,.0f}" for name in ("rollouts", "optimizer_steps")]
-        theirs = ["" if paper(arm, backbone) is None else f"{paper(arm, backbone):.2f}" for backbone in BACKBONES]
-        rows.append([arm, len(runs), *counts, *labels, f"{f1['mean']:.1f}", spread,
-                     f"{study.mean(arm, 'auc')['mean']:.1f}", *theirs])  # fmt: skip
+        shares = [f"{100 * np.mean([run[name] for run in runs]):.0f}%" if name in runs[0] else ""
+                  for name in ("mixed_rollouts", "error_steps", "wrong_but_positive")]  # fmt: skip
+        theirs = ["" if (value := paper(arm, backbone)) is None else f"{value:.2f}" for backbone in BACKBONES]
+        rows.append([arm, len(runs), f"{np.mean([run['rollouts'] for run in runs]):,.0f}", *shares,
+                     f"{f1['mean']:.1f}", spread, f"{np.mean(study.values(arm, 'auc')):.1f}", *theirs])  # fmt: skip
     return rows
-
-
-def claim_table(study: Study) -> list[list]:
-    rows = []
-    for words, one, other, expected in CLAIMS:
-        f1, auc = study.difference(one, other), study.difference(one, other, "auc")
-        theirs = [paper_difference(one, other, backbone) for backbone in BACKBONES]
-        rows.append([words, *theirs, points(f1), points(auc), "not run" if f1 is None else verdict(f1, expected)])
-    return rows
-
-
-def robustness_table(study: Study) -> list[list]:
-    return [
-        [world, *(f"{study.mean(arm, world=world)['mean']:.1f}" for arm in ("zero-shot", "random10", "bis10")),
-         points(study.difference("bis10", "random10", world=world)),
-         points(study.difference("bis10", "random10", "auc", world))]
-        for world in study.worlds if all(study.by_seed(arm, world) for arm in ("zero-shot", "random10", "bis10"))
-    ]  # fmt: skip
 
 
 def markdown(study: Study) -> str:
     """The report in words and figures."""
-    further = [[words, points(study.difference(one, other)), points(study.difference(one, other, "auc"))]
-               for words, one, other in FURTHER]  # fmt: skip
+    head = ["claim", *(f"paper, {backbone}" for backbone in BACKBONES), "seeds", "ours: F1", "ours: AUC", "p"]
     parts = (
-        ("## What replicates", claim_table(study),
-         ["the paper says", *(f"paper, {backbone}" for backbone in BACKBONES), "ours: F1", "ours: AUC",
-          "in miniature"]),
-        ("## Further comparisons (no figure in the paper)", further, ["comparison", "F1", "AUC"]),
-        ("## Robustness: BIS-10% against random-10% in other worlds", robustness_table(study),
-         ["world", "zero-shot", "random10", "bis10", "difference F1", "difference AUC"]),
-        ("## Every arm", arm_table(study),
-         ["arm", "seeds", "rollouts", "updates", "mixed", "wrong but positive", "F1", "95% interval", "AUC",
+        ("## Primary questions", claim_rows(study, PRIMARY), [*head, "answer"]),
+        ("## Secondary claims and controls, p with Holm's correction", claim_rows(study, SECONDARY), [*head, "answer"]),
+        ("## Every arm", arm_rows(study),
+         ["arm", "seeds", "rollouts", "mixed", "negative steps", "wrong but positive", "F1", "95% interval", "AUC",
           *(f"paper, {backbone}" for backbone in BACKBONES)]),
     )  # fmt: skip
     return "\n\n".join(
-        f"{title}\n\n{tabulate(rows, head, tablefmt='pipe', disable_numparse=True)}" for title, rows, head in parts
+        f"{title}\n\n{tabulate(rows, columns, tablefmt='pipe', disable_numparse=True)}"
+        for title, rows, columns in parts
     )
 
 
-def bars(axes: plt.Axes, study: Study, arms: list[str], names: list[str], colours: list[str]) -> None:
-    """A bar at the mean of each arm, its interval, one dot per seed."""
-    for x, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
-        runs = study.by_seed(arm)
-        if not runs:
-            continue
-        values, f1 = [100 * run[F1] for run in runs.values()], study.mean(arm)
-        axes.bar(x, f1["mean"], color=colour, alpha=0.35)
-        if f1["low"] is not None:
-            axes.errorbar(x, f1["mean"], f1["high"] - f1["mean"], color=colour, capsize=4)
-        axes.scatter(np.full(len(values), x) + np.linspace(-0.15, 0.15, len(values)), values, 12, colour, zorder=3)
-    axes.set_xticks(range(len(arms)), names)
-    axes.set_xlim(-0.6, len(arms) - 0.4)  # room for what was not run
+def spread(axes: Axes, y: float, differences: list[float], color: str) -> None:
+    """One dot per seed, and below them the mean with its 95% interval."""
+    found = interval(differences)
+    axes.scatter(differences, np.full(len(differences), y + 0.22), 12, color=color, alpha=0.6, lw=0, marker="o")
+    if found["low"] is not None:
+        axes.plot([found["low"], found["high"]], [y, y], color=color, marker="", lw=2)
+    axes.plot(found["mean"], y, color=color, marker="s", ms=5)
 
 
-def paper_bars(axes: plt.Axes, arms: list[str], names: list[str], colours: list[str], backbone: str) -> None:
-    values = [paper(arm, backbone) for arm in arms]
-    for x, (value, colour) in enumerate(zip(values, colours, strict=True)):
-        axes.bar(x, value, color=colour, alpha=0.35)
-        axes.text(x, value, f"{value:.1f}", ha="center", va="bottom", fontsize=8)
-    axes.set(title=f"paper, {backbone}", ylim=(min(values) - 2, max(values) + 1))
-    axes.set_xticks(range(len(arms)), names)
+def draw_primary(study: Study, path: Path) -> None:
+    """F1 of the primary arms, and the two differences that the primary questions are about."""
+    arms = {"zero-shot": ("untrained\nbase", "base"), "random10": ("random\n10%", "random"), "bis10": ("BIS\n10%", "bis"),
+            "full": ("all\nrollouts", "full"), "true-full": ("all, true\nlabels", "true")}  # fmt: skip
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
+        shown = [arm for arm in arms if study.by_seed(arm)]
+        for x, arm in enumerate(shown):
+            dots(left, x, study.values(arm), SUBSETS[arms[arm][1]])
+        left.set_xticks(range(len(shown)), [arms[arm][0] for arm in shown])
+        left.set_xlim(-0.5, len(shown) - 0.1)
+        left.set(ylabel="F1 on the benchmark", title="One dot per seed; lines: mean, 95% interval")
+        right.axvspan(-MARGIN, MARGIN, color="C4", alpha=0.25, lw=0)
+        right.axvline(0, color="C4", lw=1, marker="")
+        for y, claim in enumerate(reversed(PRIMARY)):
+            if differences := study.differences(claim):
+                spread(right, y, differences, "C0")
+        right.set_yticks([0, 1], ["BIS 10%\nminus all", "BIS 10%\nminus\nrandom 10%"])
+        right.set_ylim(-0.5, 1.6)
+        right.set(xlabel="points of F1 (grey: within 2 points)", title="Differences, seed by seed")
+
+    save_light_and_dark(draw, path, size=(10, 3.8))
 
 
-def draw_saturation(study: Study, path: Path) -> None:
-    """Figure 1 of the paper: random and BIS by fraction, with full data and the base."""
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    for rule, colour in (("random", BLUE), ("bis", GREEN)):
-        name = {"random": "random", "bis": "BIS"}[rule]
-        done = [percent for percent in FRACTIONS if study.by_seed(f"{rule}{percent}")]
-        means = [study.mean(f"{rule}{percent}") for percent in done]
-        panels[0].plot(done, [mean["mean"] for mean in means], "o-", color=colour, label=name)
-        edges = [[mean["mean"] if mean[edge] is None else mean[edge] for mean in means] for edge in ("low", "high")]
-        panels[0].fill_between(done, *edges, color=colour, alpha=0.15, lw=0)
-        for percent in done:
-            values = [100 * run[F1] for run in study.by_seed(f"{rule}{percent}").values()]
-            panels[0].scatter(np.full(len(values), percent), values, 8, colour, alpha=0.6)
+def draw_claims(study: Study, path: Path) -> None:
+    """Every claim: our differences with intervals, and the paper's on a scale of their own."""
+    shown = [claim for claim in (*PRIMARY, *SECONDARY) if study.differences(claim)]
+    found = answers(study)
+
+    def draw(figure: Figure) -> None:
+        ours, theirs = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
+        for y, claim in enumerate(reversed(shown)):
+            spread(ours, y, study.differences(claim), "C4" if found[claim][2] == "not shown" else "C0")
+            for backbone, color, marker in zip(BACKBONES, ("C1", "C5"), ("D", "^"), strict=True):
+                if (value := paper_difference(claim, backbone)) is not None:
+                    theirs.scatter(value, y, 22, color=color, marker=marker, lw=0)
+        labels = [f"{claim.words} [{found[claim][2]}]" for claim in reversed(shown)]
+        ours.set_yticks(range(len(shown)), labels, fontsize=8)
+        for axes in (ours, theirs):
+            axes.axvline(0, color="C4", lw=1, marker="")
+        ours.set(title="Ours, in miniature (grey: not shown)", xlabel="points of F1, our benchmark")
+        theirs.set(title="The paper (one run each)", xlabel="points of F1, VisualProcessBench")
+        for backbone, color, marker in zip(BACKBONES, ("C1", "C5"), ("D", "^"), strict=True):
+            theirs.scatter([], [], 22, color=color, marker=marker, label=backbone)
+        theirs.legend(fontsize=7, loc="lower right")
+
+    save_light_and_dark(draw, path, size=(11, 0.3 * len(shown) + 1.2))
+
+
+def draw_fractions(study: Study, path: Path) -> None:
+    """F1 by the share of the rollouts that is kept, after Figure 1 of the paper."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, 3)
+        for rule, name in (("random", "random"), ("bis", "BIS")):
+            done = {
+                percent: study.values(f"{rule}{percent}")
+                for percent in (10, 25, 50)
+                if study.by_seed(f"{rule}{percent}")
+            }
+            done |= {100: study.values("full")} if rule == "random" and study.by_seed("full") else {}
+            look = SUBSETS[rule]
+            panels[0].plot(list(done), [np.mean(values) for values in done.values()], label=name, **look)
+            for percent, values in done.items():
+                found = interval(values)
+                if found["low"] is not None:
+                    panels[0].plot([percent] * 2, [found["low"], found["high"]], color=look["color"], marker="", lw=2)
+            for panel, backbone in zip(panels[1:], BACKBONES, strict=True):
+                theirs = {percent: paper(f"{rule}{percent}", backbone) for percent in (10, 25, 50)}
+                theirs |= {100: paper("full", backbone)} if rule == "random" else {}
+                panel.plot(list(theirs), list(theirs.values()), label=name, **look)
+        panels[0].set(title="Ours: mean and 95% interval", ylabel="F1, our benchmark")
         for panel, backbone in zip(panels[1:], BACKBONES, strict=True):
-            figures = [paper(f"{rule}{percent}", backbone) for percent in FRACTIONS]
-            panel.plot(FRACTIONS, figures, "o-", color=colour, label=name)
-    for arm, style, colour, name in (("full", "--", "black", "full data"), ("zero-shot", ":", GREY, "base")):
-        level(panels[0], study, arm, ls=style, color=colour, label=name)
-        for panel, backbone in zip(panels[1:], BACKBONES, strict=True):
-            panel.axhline(paper(arm, backbone), ls=style, color=colour, label=name)
-    panels[0].set(title="ours: mean, 95% interval, seeds", ylabel="step-weighted macro-F1", ylim=YLIM)
-    for panel, backbone in zip(panels[1:], BACKBONES, strict=True):
-        panel.set_title(f"paper, {backbone} (one run)")
-    for panel in panels:
-        panel.set(xlabel="% of the rollouts kept", xticks=FRACTIONS)
-    panels[0].legend(fontsize=8, ncols=2, loc="lower right")
-    save(figure, path)
+            panel.set(title=f"The paper, {backbone}\n(one run, a scale of its own)", ylabel="F1, VisualProcessBench")
+        for panel in panels:
+            panel.set(xlabel="% of the rollouts kept", xticks=(10, 25, 50, 100))
+        panels[0].legend(fontsize=8, loc="lower right")
 
-
-def draw_rules(study: Study, path: Path) -> None:
-    """Table 4 of the paper: the rules at 25%, and at 10% where it has none."""
-    rules = ("random", "low_mc", "mixed", "reliable", "bis")
-    names, colours = ["random", "low-MC", "mixed", "reliable", "BIS"], [BLUE, AMBER, RED, GREY, GREEN]
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for panel, percent in zip(panels, (10, 25), strict=False):
-        bars(panel, study, [f"{rule}{percent}" for rule in rules], names, colours)
-        level(panel, study, "full", ls="--", color="black", lw=1)
-        panel.set(title=f"ours at {percent}% (dashed: full data)", ylim=YLIM)
-    panels[0].set_ylabel("step-weighted macro-F1")
-    paper_bars(panels[2], [f"{rule}25" for rule in rules], names, colours, BACKBONES[0])
-    panels[2].axhline(paper("full", BACKBONES[0]), ls="--", color="black", lw=1)
-    save(figure, path)
-
-
-def draw_labels(study: Study, path: Path) -> None:
-    """Tables 2 and 5 of the paper: thresholds and soft labels on full data, alpha, ties."""
-    figure, panels = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained", width_ratios=(1.1, 1, 1.4, 0.8))
-    arms, names = ["full", "full-1/N", "full-2/N", "full-soft", "true-full"], ["> 0", "> 1/N", "> 2/N", "soft", "true"]
-    colours = [BLUE, BLUE, BLUE, AMBER, GREY]
-    bars(panels[0], study, arms, names, colours)
-    panels[0].set(title="ours: labels of the full data", ylabel="step-weighted macro-F1", ylim=YLIM)
-    paper_bars(panels[1], arms[:4], names[:4], colours[:4], BACKBONES[0])
-    alphas = {"0.02": "bis10-alpha0.02", "0.05": "bis10-alpha0.05", "0.1": "bis10-alpha0.1", "0.2": "bis10",
-              "0.5": "bis10-alpha0.5", "hash": "bis10-hash"}  # fmt: skip
-    wide = {
-        "25%\n0.02": "bis25-alpha0.02",
-        "25%\n0.05": "bis25",
-        "25%\n0.2": "bis25-alpha0.2",
-        "25%\nhash": "bis25-hash",
-    }
-    both = alphas | wide
-    bars(panels[2], study, list(both.values()), list(both), [GREEN] * len(alphas) + [GREY] * len(wide))
-    panels[2].set(title="ours: BIS-10%, BIS-25% by alpha; ties by hash", ylim=YLIM)
-    panels[2].tick_params(axis="x", labelsize=7)
-    for x, (alpha, row) in enumerate({"0.02": " alpha 0.02", "0.05": "", "0.08": " alpha 0.08"}.items()):
-        value = PAPER[f"InternVL2.5-8B BIS-25%{row}"]
-        panels[3].bar(x, value, color=GREEN, alpha=0.35)
-        panels[3].text(x, value, f"{value:.1f}", ha="center", va="bottom", fontsize=8)
-        panels[3].set_xticks(range(x + 1), [*(label.get_text() for label in panels[3].get_xticklabels()[:x]), alpha])
-    panels[3].set(title="paper: BIS-25% by alpha", ylim=(64, 66))
-    save(figure, path)
-
-
-def draw_robustness(study: Study, path: Path) -> None:
-    """BIS-10% minus random-10% in every world; and, after Figure 2b of the paper, one pass against matched updates."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    shown = [world for world in study.worlds if study.difference("bis10", "random10", world=world)]
-    for y, world in enumerate(reversed(shown)):
-        difference = study.difference("bis10", "random10", world=world)
-        mine, theirs = study.by_seed("bis10", world), study.by_seed("random10", world)
-        dots = [100 * (mine[seed][F1] - theirs[seed][F1]) for seed in mine.keys() & theirs.keys()]
-        left.scatter(dots, np.full(len(dots), y + 0.2), 10, GREEN, alpha=0.6)
-        left.plot(difference["mean"], y, "s", color=GREEN)
-        if difference["low"] is not None:
-            left.plot([difference["low"], difference["high"]], [y, y], color=GREEN)
-    left.axvline(0, color="black", lw=1)
-    left.set_yticks(range(len(shown)), list(reversed(shown)))
-    left.set_ylim(-0.6, len(shown) - 0.2)
-    left.set(title="BIS-10% minus random-10% (mean, 95% interval, seeds)", xlabel="points of F1")
-    arms = ["random25", "random25x4", "full", "bis25"]
-    bars(right, study, arms, ["random 25%\n1 epoch", "random 25%\n4 epochs", "full\n1 epoch", "BIS 25%\n1 epoch"],
-         [BLUE, BLUE, GREY, GREEN])  # fmt: skip
-    right.set(title="one pass and matched updates", ylabel="step-weighted macro-F1", ylim=YLIM)
-    save(figure, path)
-
-
-def level(axes: plt.Axes, study: Study, arm: str, **style: Any) -> None:
-    """A line across at the mean of an arm, where it was run."""
-    if study.by_seed(arm):
-        axes.axhline(study.mean(arm)["mean"], **style)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_light_and_dark(draw, path, size=(11, 3.6))
 
 
 def write_report(folder: Path) -> None:
-    """Write `table.md` and the four pictures beside `results.json`."""
+    """Write `table.md` and the pictures beside `results.json`."""
     study = Study(json.loads((folder / "results.json").read_text(encoding="utf-8")))
     text = markdown(study)
     with atomic_output(folder / "table.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
-    draw_saturation(study, folder / "saturation.png")
-    draw_rules(study, folder / "rules.png")
-    draw_labels(study, folder / "labels.png")
-    draw_robustness(study, folder / "robustness.png")
+    pictures = {"primary.png": draw_primary, "claims.png": draw_claims, "fractions.png": draw_fractions}
+    for name, draw in pictures.items():
+        draw(study, folder / name)
     print(text)
-    print(f"\nWrote {folder}/: results.json, table.md, saturation.png, rules.png, labels.png, robustness.png")
+    print(f"\nWrote {folder}/: results.json, table.md, {', '.join(pictures)} (and a dark version of each picture)")
 
 
 if __name__ == "__main__":

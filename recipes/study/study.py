@@ -1,20 +1,21 @@
 """
-The paper's 10% study in miniature: which subset of Monte-Carlo-annotated rollouts trains the best process reward model?
+The paper's 10% study in miniature, by QLoRA: which subset of Monte-Carlo-annotated rollouts trains the best reward model?
 
-Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, about three hours on two cores; a run
-that is stopped goes on where it was when the command is given again.
+Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, at most three hours on two cores; a
+run that is stopped goes on where it was when the command is given again.
 
-A run is an arm (which rows, which labels, how often) in a world (the noise, the policy, the base) with a seed, which
-draws data, benchmark, selection, order and fresh weights:
+`plan.md`, beside this file, says what is measured, on which seeds and by which criteria. It was frozen before the first
+run; `results.json` carries its hash. A run is an arm (which rows, which labels, how trained) in a world (the noise) with a
+seed, which draws data, benchmark, selection, order and fresh weights:
 
-    {"world": "standard", "arm": "bis10", "seed": 21, "rollouts": 1597, "macro_f1_step_weighted": 0.806, "auc": 0.861, ...}
+    {"world": "standard", "arm": "bis10", "seed": 501, "rollouts": 1196, "macro_f1_step_weighted": 0.866, "auc": 0.921, ...}
 
-World, base, sizes and hyper-parameters are `trl_mprm/demo/settings.py`: calibrated on seeds 101 to 107 without a look at
-BIS, frozen, and measured for the demo on seeds 11 to 15. The arms, worlds and seeds below were written before the first
-of their runs; nothing was chosen on seeds 21 to 25.
+World, base, sizes and hyper-parameters are `trl_mprm/demo/settings.py`: calibrated on seeds 201 to 206 without a look at
+BIS.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -41,33 +42,38 @@ from trl_mprm import (
     read_benchmark,
     select,
 )
-from trl_mprm.demo.base import BASE_MODEL, train_base
+from trl_mprm.demo.base import BASE_MODEL
 from trl_mprm.demo.run import make_trainer, make_world, start_worker
 from trl_mprm.demo.settings import DEMO, Settings
 from trl_mprm.files import write_json
 from trl_mprm.prompting.rendering import render_rows
 
 
-SEEDS = (21, 22, 23, 24, 25)
-WEAKER_BASE_UPDATES = 1000  # half of the base's own
+PLAN = Path(__file__).with_name("plan.md")
+SEEDS = tuple(range(501, 513))  # of the primary arms
+FEWER = SEEDS[:5]  # of the others
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Which rows, which labels, how often: all that differs between the runs of one world."""
+    """Which rows, which labels, how trained: all that differs between the runs of one world."""
 
     rule: str | None = "bis"  # None: the base, untrained
     fraction: float = 1.0
     alpha: float = 0.2
     ties: str = "first"
     true_labels: bool = False
-    num_train_epochs: int = 1
+    answer_step: bool = True
+    like_bis10: str = (
+        ""  # "weights": negative steps weigh as much as in BIS-10%; "mixed": as many mixed rollouts as it
+    )
+    full_fine_tuning: bool = False
     loss_type: str = "hard"
     hard_threshold: float = 0.0
 
 
 def bis(percent: int, **changes: Any) -> Arm:
-    """Alpha as in the paper's code: 0.2 at 10% and, our reading, below; 0.05 at 25% and, our reading, everywhere else."""
+    """Alpha as in the paper's code: 0.2 at 10% and, our reading, below; 0.05 at 25%."""
     return replace(Arm(fraction=percent / 100, alpha=0.2 if percent <= 10 else 0.05), **changes)
 
 
@@ -75,36 +81,34 @@ def other(rule: str, percent: int, **changes: Any) -> Arm:
     return replace(Arm(rule, percent / 100), **changes)
 
 
-FRACTIONS = (5, 10, 15, 25, 35, 50)
 FULL = other("random", 100)
-CORE = {
+PRIMARY = {"random10": other("random", 10), "bis10": bis(10), "full": FULL}
+CONTROLS = {
     "zero-shot": Arm(rule=None),
-    **{f"random{percent}": other("random", percent) for percent in FRACTIONS},
-    **{f"bis{percent}": bis(percent) for percent in FRACTIONS},
-    "full": FULL,
-    "true10": other("random", 10, true_labels=True),
-}
-MORE = {
-    **{f"{rule}{percent}": other(rule, percent) for percent in (10, 25) for rule in ("mixed", "reliable", "low_mc")},
-    **{f"bis10-alpha{alpha}": bis(10, alpha=alpha) for alpha in (0.02, 0.05, 0.1, 0.5)},
+    "random10-weighted": other("random", 10, like_bis10="weights"),
+    "random10-mixed": other("random", 10, like_bis10="mixed"),
     "bis10-hash": bis(10, ties="hash"),
+    "bis10-no-answer": bis(10, answer_step=False),
+    "bis10-alpha0.05": bis(10, alpha=0.05),
+    "bis10-alpha0.5": bis(10, alpha=0.5),
+    "true10": other("random", 10, true_labels=True),
+    "random10-all-weights": other("random", 10, full_fine_tuning=True),
+    "bis10-all-weights": bis(10, full_fine_tuning=True),
+    **{f"{rule}10": other(rule, 10) for rule in ("mixed", "reliable", "low_mc", "self_confidence")},
 }
+QUARTER = {f"{name}25": arm for name, arm in (("bis", bis(25)), ("random", other("random", 25)))}
+QUARTER |= {f"{rule}25": other(rule, 25) for rule in ("mixed", "reliable", "low_mc")}
+HALF = {"random50": other("random", 50)}
 DEAR = {
-    "full-1/N": replace(FULL, hard_threshold=1 / DEMO.num_mc),
-    "full-2/N": replace(FULL, hard_threshold=2 / DEMO.num_mc),
     "full-soft": replace(FULL, loss_type="soft"),
-    "random25x4": other("random", 25, num_train_epochs=4),  # as many updates as full
-}
-LAST = {
-    **{f"bis25-alpha{alpha}": bis(25, alpha=alpha) for alpha in (0.02, 0.2)},
-    "bis25-hash": bis(25, ties="hash"),
+    "full-1/N": replace(FULL, hard_threshold=1 / DEMO.num_mc),
+    "full-all-weights": replace(FULL, full_fine_tuning=True),
     "true-full": replace(FULL, true_labels=True),
 }
 
-
-ARMS = CORE | MORE | DEAR | LAST
-ROBUSTNESS = ("zero-shot", "random10", "bis10")
-WORLDS = ("standard", "lighter noise", "heavier noise", "better policy", "worse policy", "weaker base")
+ARMS = PRIMARY | CONTROLS | QUARTER | HALF | DEAR
+WORLDS = ("standard", "lighter noise", "heavier noise")
+ROBUSTNESS = ("random10", "bis10")
 
 
 def settings_of(world: str, settings: Settings) -> Settings:
@@ -112,24 +116,24 @@ def settings_of(world: str, settings: Settings) -> Settings:
     changes = {
         "lighter noise": {"options": ((0, 1.0),)},  # no answer can be guessed
         "heavier noise": {"options": ((0, 0.1), (2, 0.45), (4, 0.45))},
-        "better policy": {"policy": replace(settings.policy, hard_weights=(0.70, 0.26, 0.03, 0.01))},
-        "worse policy": {"policy": replace(settings.policy, hard_weights=(0.38, 0.48, 0.09, 0.05))},
     }
     return replace(settings, **changes.get(world, {}))
 
 
-def base_of(world: str, output_dir: Path) -> Path:
-    return output_dir / "weaker-base" if world == "weaker base" else BASE_MODEL
+def plan() -> list[tuple[str, tuple[str, ...], int]]:
+    """
+    World, arms and seed of every block of runs, in the order of plan.md.
 
-
-def plan() -> list[tuple[str, str, int]]:
-    """World, arm and seed of every run, what matters most first."""
-    core, more, dear, last = ([("standard", arm) for arm in arms] for arms in (CORE, MORE, DEAR, LAST))
-    other_worlds = [(world, arm) for world in WORLDS[1:] for arm in ROBUSTNESS]
-    blocks = [(core, SEEDS)]
-    for seeds in (SEEDS[:2], SEEDS[2:]):  # some seeds of everything before more seeds of anything
-        blocks += [(block, seeds) for block in (more, other_worlds, dear, last)]
-    return [(world, arm, seed) for block, seeds in blocks for seed in seeds for world, arm in block]
+    The arms of a block are run one after the other in one process, which renders a rollout once for all of them.
+    """
+    blocks = [("standard", tuple(PRIMARY), seed) for seed in SEEDS]
+    for seeds in (FEWER[:3], FEWER[3:]):  # some seeds of everything before more seeds of anything
+        blocks += [("standard", tuple(CONTROLS), seed) for seed in seeds]
+        blocks += [("standard", tuple(QUARTER), seed) for seed in seeds]
+        blocks += [(world, ROBUSTNESS, seed) for seed in seeds for world in WORLDS[1:]]
+        blocks += [("standard", tuple(HALF), seed) for seed in seeds]
+        blocks += [("standard", (arm,), seed) for seed in seeds for arm in DEAR]
+    return blocks
 
 
 def build_world(folder: Path, settings: Settings, seed: int) -> None:
@@ -141,13 +145,19 @@ def build_world(folder: Path, settings: Settings, seed: int) -> None:
 @lru_cache(maxsize=1)  # tasks of one world and seed follow each other
 def load_world(folder: Path) -> tuple[Dataset, Dataset, dict[str, list[int]], dict]:
     """Rollouts of the corpus and of the validation split, true labels by rollout, and what `RenderedOnce` remembers."""
-    rows, validation = (
-        load_rollouts(folder / part / "annotations", image_root=folder / part).cast_column(
-            "images", List(Image(decode=False))
-        )
-        for part in ("corpus", "validation")
-    )
+    rows, validation = (load_part(folder / part) for part in ("corpus", "validation"))
     return rows, validation, json.loads((folder / "corpus" / "true_labels.json").read_text(encoding="utf-8")), {}
+
+
+def load_part(folder: Path) -> Dataset:
+    """Rollouts, each with the share of its question's continuations that are right (`self_confidence`)."""
+    rows = load_rollouts(folder / "annotations", image_root=folder)
+    solved: dict[tuple[str, str], list[float]] = {}
+    keys = list(zip(rows["source"], rows["prompt"], strict=True))
+    for key, scores in zip(keys, rows["mc_scores"], strict=True):
+        solved.setdefault(key, []).append(scores[0])  # the first step only restates the question
+    rows = rows.add_column("self_confidence", [float(np.mean(solved[key])) for key in keys])
+    return rows.cast_column("images", List(Image(decode=False)))
 
 
 class RenderedOnce(DataCollatorForProcessReward):
@@ -168,16 +178,70 @@ class RenderedOnce(DataCollatorForProcessReward):
         return self.remembered[row["rollout_id"]]
 
 
+def rows_of(arm: Arm, seed: int, folder: Path) -> tuple[Dataset, dict, dict[str, Any]]:
+    """Training rows of an arm, the report of their selection, and the settings of its training."""
+    scored, _, truth, _ = load_world(folder)
+    if not arm.answer_step:
+        scored = scored.map(without_answer)
+    kept = select(scored, arm.rule, fraction=arm.fraction, alpha=arm.alpha, ties=arm.ties, seed=seed)
+    indices, report = list(kept.indices), kept.report
+    config: dict[str, Any] = {"loss_type": arm.loss_type, "hard_threshold": arm.hard_threshold}
+    if arm.like_bis10:
+        best = scored.select(select(scored, "bis", fraction=arm.fraction, alpha=arm.alpha).indices)
+        if arm.like_bis10 == "weights":
+            config["class_weights"] = [1.0, odds_of_bad(best) / odds_of_bad(scored.select(indices))]
+        else:
+            indices, report = as_mixed_as(best, scored, seed), None
+    rows = scored.select(indices)
+    if arm.true_labels:
+        labels = [[-100.0 if v < 0 else float(v) for v in truth[rollout]] for rollout in rows["rollout_id"]]
+        rows = rows.remove_columns("labels").add_column("labels", labels)
+    return rows, report, config
+
+
+def without_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the last step if it states the answer."""
+    end = -1 if row["completions"][-1].startswith("answer") else None
+    return {name: row[name][:end] for name in ("completions", "labels", "mc_scores", "mc_counts")}
+
+
+def odds_of_bad(rows: Dataset) -> float:
+    """Steps without a good continuation per step with one."""
+    scores = np.concatenate(rows["mc_scores"][:])
+    return float((scores == 0).sum() / (scores > 0).sum())
+
+
+def is_mixed(scores: list[float]) -> bool:
+    return 0 < sum(score > 0 for score in scores) < len(scores)
+
+
+def as_mixed_as(best: Dataset, scored: Dataset, seed: int) -> list[int]:
+    """Of each source as many rollouts, and as many mixed ones, as `best` has, all at random."""
+    rng, mixed, sources = np.random.default_rng(seed), np.array([is_mixed(s) for s in scored["mc_scores"]]), {}
+    for source, scores in zip(best["source"], best["mc_scores"], strict=True):
+        sources.setdefault(source, [0, 0])[int(is_mixed(scores))] += 1
+    of_source, indices = np.array(scored["source"]), []
+    for source, counts in sources.items():
+        for kind, count in enumerate(counts):
+            pool = np.flatnonzero((of_source == source) & (mixed == kind))
+            indices += rng.choice(pool, count, replace=False).tolist()
+    return sorted(indices)
+
+
 def subset_figures(mc_scores: list[list[float]], truth: list[list[int]]) -> dict[str, float]:
     """Count the wrong labels of a subset, which only a synthetic world can tell."""
-    steps, true = (np.concatenate([np.asarray(row, float) for row in rows]) for rows in (mc_scores, truth))
-    mixed = [0 < sum(score > 0 for score in row) < len(row) for row in mc_scores]
+    # Without its answer step a rollout is shorter than its true labels.
+    pairs = [
+        (score, true) for row, of in zip(mc_scores, truth, strict=True) for score, true in zip(row, of, strict=False)
+    ]
+    steps, true = (np.array(column, float) for column in zip(*pairs, strict=True))
+    wrong = steps[true == 0]
     return {
         "steps": len(steps),
         "error_steps": float((steps == 0).mean()),
-        "mixed_rollouts": float(np.mean(mixed)),
+        "mixed_rollouts": float(np.mean([is_mixed(row) for row in mc_scores])),
         "mean_mc": float(steps.mean()),
-        "wrong_but_positive": float((steps[true == 0] > 0).mean()),
+        "wrong_but_positive": float((wrong > 0).mean()) if len(wrong) else 0.0,
     }
 
 
@@ -185,28 +249,24 @@ def run(output_dir: Path, settings: Settings, world: str, arm_name: str, seed: i
     """Select, train, evaluate, write one record."""
     print(f"{world}, {arm_name}, seed {seed}", flush=True)
     started, arm = time.time(), ARMS[arm_name]
-    settings, base = settings_of(world, settings), base_of(world, output_dir)
     folder = output_dir / "worlds" / data_name(world, seed)
     result = {"world": world, "arm": arm_name, "seed": seed, "rollouts": 0, "optimizer_steps": 0}
     if arm.rule is None:
-        prm = load_zero_shot(str(base))
+        prm = load_zero_shot(str(BASE_MODEL))
     else:
-        scored, validation, truth, remembered = load_world(folder)
-        kept = select(scored, arm.rule, fraction=arm.fraction, alpha=arm.alpha, ties=arm.ties, seed=seed)
-        rows = scored.select(kept.indices)
-        true_labels = [truth[rollout] for rollout in rows["rollout_id"]]
-        result |= {"rollouts": len(rows)} | subset_figures(rows["mc_scores"], true_labels)
-        if arm.true_labels:
-            labels = [[-100.0 if v < 0 else float(v) for v in row] for row in true_labels]
-            rows = rows.remove_columns("labels").add_column("labels", labels)
-        config = {name: getattr(arm, name) for name in ("num_train_epochs", "loss_type", "hard_threshold")}
+        rows, report, config = rows_of(arm, seed, folder)
+        _, validation, truth, remembered = load_world(folder)
+        result |= {"rollouts": len(rows)}
+        result |= subset_figures(rows["mc_scores"], [truth[rollout] for rollout in rows["rollout_id"]])
         with TemporaryDirectory() as scratch:
             trainer = make_trainer(
-                rows, validation, kept.report, Path(scratch), settings, seed, base=base, disable_tqdm=True, **config
-            )
-            collator = trainer.data_collator
-            trainer.data_collator = RenderedOnce(collator.processing_class, collator.step_format)
-            trainer.data_collator.remembered = remembered
+                rows, validation, report, Path(scratch), settings_of(world, settings), seed, arm.full_fine_tuning,
+                disable_tqdm=True, **config,
+            )  # fmt: skip
+            if arm.answer_step:  # what is remembered of a rollout has one
+                collator = trainer.data_collator
+                trainer.data_collator = RenderedOnce(collator.processing_class, collator.step_format)
+                trainer.data_collator.remembered = remembered
             trainer.train()
         result["optimizer_steps"] = trainer.state.global_step
         prm = ProcessRewardModel(trainer.model, trainer.processing_class)
@@ -215,9 +275,18 @@ def run(output_dir: Path, settings: Settings, world: str, arm_name: str, seed: i
     write_json(result | {k: metrics[k] for k in names} | {"seconds": round(time.time() - started, 1)}, record)
 
 
+def run_block(output_dir: Path, settings: Settings, world: str, arms: tuple[str, ...], seed: int) -> int:
+    """Every arm of a block that has no record yet. Returns how many."""
+    left = [arm for arm in arms if not record_path(output_dir, (world, arm, seed)).is_file()]
+    if left:
+        build_world(output_dir / "worlds" / data_name(world, seed), settings_of(world, settings), seed)
+    for arm in left:
+        run(output_dir, settings, world, arm, seed, record_path(output_dir, (world, arm, seed)))
+    return len(left)
+
+
 def data_name(world: str, seed: int) -> str:
-    """The weaker base is measured on the very data of the standard world."""
-    return f"{'standard' if world == 'weaker base' else world}-{seed}".replace(" ", "-")
+    return f"{world}-{seed}".replace(" ", "-")
 
 
 def record_path(output_dir: Path, task: tuple[str, str, int]) -> Path:
@@ -225,67 +294,50 @@ def record_path(output_dir: Path, task: tuple[str, str, int]) -> Path:
     return output_dir / "records" / f"{name}.json"
 
 
-def take_records(results: Path, output_dir: Path) -> dict[str, dict]:
-    """The records of an earlier run, as its report keeps them. Returns the statistics of its corpora."""
-    earlier = json.loads(results.read_text(encoding="utf-8"))
-    for run in earlier["runs"]:
-        write_json(run, record_path(output_dir, (run["world"], run["arm"], run["seed"])))
-    return earlier["corpora"]
-
-
-def run_all(output_dir: Path, tasks: list[tuple[str, str, int]], settings: Settings = DEMO) -> None:
-    """Every task (world, arm, seed) that has no record yet."""
-    records = {task: record_path(output_dir, task) for task in tasks}
-    left = {task: record for task, record in records.items() if not record.is_file()}
-    print(f"{len(records) - len(left)} of {len(records)} runs are done")
+def run_all(output_dir: Path, blocks: list[tuple[str, tuple[str, ...], int]], settings: Settings = DEMO) -> None:
+    """Every run (world, arm, seed) of the blocks that has no record yet."""
+    runs = [(world, arm, seed) for world, arms, seed in blocks for arm in arms]
+    done = sum(record_path(output_dir, task).is_file() for task in runs)
+    print(f"{done} of {len(runs)} runs are done")
     (output_dir / "records").mkdir(parents=True, exist_ok=True)
     log, spawn = output_dir / "training.log", get_context("spawn")
     # Two trainings of one thread each go nearly twice as fast as one of two threads: the models are that small.
     with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start_worker, initargs=(log,)) as pool:
-        waiting = [
-            pool.submit(build_world, output_dir / "worlds" / name, settings_of(world, settings), seed)
-            for name, (world, seed) in {data_name(world, seed): (world, seed) for world, _, seed in left}.items()
-        ]
-        for future in tqdm(as_completed(waiting), total=len(waiting), desc="worlds"):
-            future.result()
-        tasks = list(left)
-        on_weaker = next((place for place, (world, _, _) in enumerate(tasks) if world == "weaker base"), len(tasks))
-        weaker = base_of("weaker base", output_dir)
-        training = [pool.submit(train_weaker_base, weaker)] if tasks[on_weaker:] and not weaker.is_dir() else []
-        with tqdm(total=len(tasks) + len(training), desc=f"runs (details: {log})") as bar:
-            for part in (tasks[:on_weaker], tasks[on_weaker:]):
-                running = [pool.submit(run, output_dir, settings, *task, left[task]) for task in part]
-                for future in as_completed(training + running):
-                    future.result()
-                    bar.update()
-                training = []
-
-
-def train_weaker_base(folder: Path) -> None:
-    part = folder.with_suffix(".part")
-    train_base(part, WEAKER_BASE_UPDATES)
-    part.rename(folder)
+        running = [pool.submit(run_block, output_dir, settings, *block) for block in blocks]
+        with tqdm(total=len(runs), initial=done, desc=f"runs (details: {log})") as bar:
+            for future in as_completed(running):
+                bar.update(future.result())
 
 
 def read_records(output_dir: Path) -> dict[str, Any]:
-    """All records, by world, arm and seed."""
+    """All records, by world, arm and seed, with the hash of the plan that they were made by."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in (output_dir / "records").glob("*.json")]
     arms = list(ARMS)
     records.sort(key=lambda record: (WORLDS.index(record["world"]), arms.index(record["arm"]), record["seed"]))
     statistics = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
                   for path in sorted((output_dir / "worlds").glob("*/statistics.json"))}  # fmt: skip
-    return {"arms": {name: asdict(arm) for name, arm in ARMS.items()}, "corpora": statistics, "runs": records}
+    return {"plan_sha256": hashlib.sha256(PLAN.read_bytes()).hexdigest(),
+            "arms": {name: asdict(arm) for name, arm in ARMS.items()}, "corpora": statistics, "runs": records}  # fmt: skip
+
+
+def check_plan(output_dir: Path) -> None:
+    """Raise `ValueError` if the runs in a folder were made by another plan; remember this one in a new folder."""
+    kept, mine = output_dir / "plan.md", PLAN.read_text(encoding="utf-8")
+    if kept.is_file() and kept.read_text(encoding="utf-8") != mine:
+        raise ValueError(
+            f"{kept} differs from {PLAN}: the runs there were made by another plan, take another --output"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    kept.write_text(mine, encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs and of the report")
-    parser.add_argument("--take", type=Path, help="results.json of an earlier run: what it has is not run again")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     arguments = parser.parse_args()
-    corpora = take_records(arguments.take, arguments.output) if arguments.take else {}
+    check_plan(arguments.output)
     if not arguments.report:
         run_all(arguments.output, plan())
-    results = read_records(arguments.output)
-    write_json(results | {"corpora": corpora | results["corpora"]}, arguments.output / "results.json")
+    write_json(read_records(arguments.output), arguments.output / "results.json")
     write_report(arguments.output)

@@ -3,15 +3,22 @@ The base of the miniature: a Qwen2.5-VL of one million parameters that has the s
 
     python -m trl_mprm.demo.base --output trl_mprm/demo/qwen2.5-vl-miniature
 
-The base learns to read tiles, to add, and to judge single statements about a tile and a sum, in another format:
+It is trained in two stages. First it learns to read tiles, to add, and to judge single statements about a tile and a sum:
 
     user       <picture> check 4 blue add         (some idle words, so that nothing hangs on absolute positions)
     assistant  red 7 blue 2 given 3 , pink is 4 total 7 ? look add 9 the grey is 5 left 6 check from ...
 
 After each statement it is asked whether the statement is true, and one word later whether all statements so far were
-sound. The words around are idle, so that the answers depend on the statements and not on a question mark. The base never
-sees a chain of steps, a marker, "Yes" or "No". As a process reward model it is near chance until it is trained as one,
-like the bases of the paper (Table 2: 52.28 and 49.68).
+sound. The words around are idle, so that the answers depend on the statements and not on a question mark.
+
+Then it learns to follow an error through a solution, and to answer "Yes" or "No" where it is asked with "?":
+
+    user       <picture> from 4 take blue pink grey
+    assistant  from 4 ? blue is 2 left 2 ? pink is 4 left 7 ? grey is 5 left 2 ?
+
+Behind any other word than "?" the two answers are a toss of a coin there. The base never sees a marker, options, a
+correction or an answer step. As in a real model, "Yes" and "No" have their meaning, and the marker has none: as a process
+reward model it is near chance until it is trained as one, like the bases of the paper (Table 2: 52.28 and 49.68).
 """
 
 import argparse
@@ -33,7 +40,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from .world import NAMES, TILE, draw_tile
+from .world import NAMES, TILE, Policy, draw_tile, make_problems, roll_out
 
 
 BASE_MODEL = Path(__file__).parent / "qwen2.5-vl-miniature"
@@ -158,24 +165,56 @@ def draw_batch(
             "asked": np.array(asked), "target": np.stack(target, axis=1)}  # fmt: skip
 
 
-def train_base(output: Path, updates: int, seed: int = 0, batch_size: int = 64, learning_rate: float = 2e-3) -> None:
-    """Train the base from fresh weights and save it in half precision to `output`."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    processor = build_processor()
-    tokenizer = processor.tokenizer
-    model = build_model(processor)
-    pixels = tile_pixels(processor)
+def prompt_around(processor: Qwen2_5_VLProcessor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of the prompt "<picture> check", n rows: up to its last word, and from the end of the user's turn."""
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "check"}]}],
         tokenize=False, add_generation_prompt=True,
     )  # fmt: skip
-    head = torch.tensor(tokenizer(prompt.replace("<|image_pad|>", " <|image_pad|>" * 9)).input_ids)
-    head, tail = head.expand(batch_size, -1).split([len(head) - 3, 3], dim=1)  # the idle words go before <|im_end|>
-    grid = torch.tensor([[1, 6, 6]]).expand(batch_size, 3)
+    ids = torch.tensor(processor.tokenizer(prompt.replace("<|image_pad|>", " <|image_pad|>" * 9)).input_ids)
+    return ids.expand(n, -1).split([len(ids) - 3, 3], dim=1)
+
+
+def logits_of(
+    model: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tensor, batch: dict[str, np.ndarray], head: torch.Tensor,
+    tail: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Logits at the asked positions of a batch with pictures, shape (n, asked, vocabulary)."""
+    n = len(batch["text"])
+    grid = torch.tensor([[1, 6, 6]]).expand(n, 3)
+    before = torch.cat([head, torch.from_numpy(batch["idle"]), tail], dim=1)
+    ids = torch.cat([before, torch.from_numpy(batch["text"])], dim=1)
+    kinds = (ids == model.config.image_token_id).int()
+    # Every row of a batch has the same layout, so one row gives the positions of all.
+    positions, _ = model.model.get_rope_index(ids[:1], mm_token_type_ids=kinds[:1], image_grid_thw=grid[:1])
+    return model(
+        input_ids=ids, position_ids=positions.expand(-1, n, -1), mm_token_type_ids=kinds, image_grid_thw=grid,
+        pixel_values=pixels[batch["colours"], batch["digits"]].reshape(-1, pixels.shape[-1]),
+        logits_to_keep=torch.from_numpy(batch["asked"]) + before.shape[1],
+    ).logits  # fmt: skip
+
+
+def train_base(output: Path, updates: tuple[int, int], seed: int = 0) -> None:
+    """Train the base from fresh weights, the two stages one after the other, and save it in half precision to `output`."""
+    torch.manual_seed(seed)
+    processor = build_processor()
+    model = build_model(processor)
+    judge_statements(model, processor, updates[0], seed)
+    forget_reward_tokens(model, processor)
+    follow_errors(model.half().float(), processor, updates[1], seed)  # the first stage was kept in half precision
+    save(model, processor, output)
+
+
+def judge_statements(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, updates: int, seed: int = 0,
+    batch_size: int = 64, learning_rate: float = 2e-3,
+) -> None:  # fmt: skip
+    """The first stage: reading, adding, and judging single statements."""
+    rng, tokenizer, pixels = np.random.default_rng(seed), processor.tokenizer, tile_pixels(processor)
+    head, tail = prompt_around(processor, batch_size)  # the idle words go between
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     begin, log = time.time(), []
-    for step in trange(updates, desc="base", mininterval=10):
+    for step in trange(updates, desc="judging statements", mininterval=10):
         for group in optimizer.param_groups:  # warm up, then flat, then down from the half
             group["lr"] = learning_rate * min(1.0, (step + 1) / 50, 2 * (1 - step / updates))
         # Reading and adding first, in turn and each alone: the statements alone teach neither in a thousand updates.
@@ -189,17 +228,7 @@ def train_base(output: Path, updates: int, seed: int = 0, batch_size: int = 64, 
         else:
             parts = {"readings": 9, "statements": 0} if warm_up else {"readings": 3, "statements": 5}
             batch = draw_batch(batch_size, rng, tokenizer, **parts)
-            before = torch.cat([head, torch.from_numpy(batch["idle"]), tail], dim=1)
-            ids = torch.cat([before, torch.from_numpy(batch["text"])], dim=1)
-            kinds = (ids == model.config.image_token_id).int()
-            # Every row of a batch has the same layout, so one row gives the positions of all.
-            positions, _ = model.model.get_rope_index(ids[:1], mm_token_type_ids=kinds[:1], image_grid_thw=grid[:1])
-            grids = pixels[batch["colours"], batch["digits"]]
-            logits = model(
-                input_ids=ids, position_ids=positions.expand(-1, batch_size, -1), mm_token_type_ids=kinds,
-                image_grid_thw=grid, pixel_values=grids.reshape(-1, pixels.shape[-1]),
-                logits_to_keep=torch.from_numpy(batch["asked"]) + before.shape[1],
-            ).logits  # fmt: skip
+            logits = logits_of(model, pixels, batch, head, tail)
             target = torch.from_numpy(batch["target"])
         loss = cross_entropy(logits.flatten(0, 1), target.flatten())
         optimizer.zero_grad()
@@ -219,14 +248,80 @@ def train_base(output: Path, updates: int, seed: int = 0, batch_size: int = 64, 
             recent = (log[-50::2], log[-49::2]) if warm_up else (log[-50:],)
             means = [np.mean(rows, axis=0).round(3).tolist() for rows in recent]
             print(f"{time.time() - begin:5.0f} s, update {step + 1}:", *means, flush=True)
-    save(model, processor, output)
+
+
+def draw_chains(n: int, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> dict[str, np.ndarray]:
+    """
+    Draw `n` solutions of open questions in which an error spoils all later values, with a word behind each statement.
+
+    Behind "?" the base answers "Yes" if the statement and all that it builds on are right, else "No". Behind any other
+    word "Yes" and "No" are a toss of a coin, so that nothing but "?" asks for a verdict. There are no options, no
+    corrections and no answer step, which the corpus has.
+
+    Returns:
+        `dict`: as of [`draw_batch`]; `idle` is the question.
+    """
+    word = tokenizer.get_vocab()
+    number, name = np.array([word[str(d)] for d in range(10)]), np.array([word[c] for c in NAMES])
+    idle = np.array([word[w] for w in IDLE if w != "?"])
+    rate, length = rng.choice([0.05, 0.15, 0.3]), int(rng.integers(3, 7))
+    policy = Policy((rate,), (1.0,), rate, (0.0,), (1.0,))
+    problems = make_problems(n, policy, rng, lengths=(length,), options=((0, 1.0),), per_picture=1)
+    steps = roll_out(problems, np.arange(n), policy, rng, num_mc=0)
+    start, rows, adds = problems.truth[:, 0], np.arange(n), problems.sign > 0
+    columns: list[np.ndarray] = []
+    if rng.random() < 0.5:
+        columns += [np.full(n, word["from"]), number[start], np.full(n, word["?"])]
+    asked, target = [], []
+    for k in range(length):
+        digit, value, right = (array[:, k + 1] for array in (steps.digit, steps.value, steps.right))
+        before = start if k == 0 else steps.value[:, k]
+        colour = name[problems.colours[rows, problems.path[:, k]]]
+        total = np.where(adds, word["total"], word["left"])
+        columns += [colour, np.full(n, word["is"]), number[digit], total, number[value]]
+        asks = rng.random(n) < 0.75
+        columns.append(np.where(asks, word["?"], rng.choice(idle, n)))
+        end = len(columns) - 1
+        asked += [end - 4, end - 2, end]  # after "is", after "total" or "left", and the verdict
+        coin = rng.random(n) < 0.5
+        verdict = np.where(np.where(asks, right, coin), word["Yes"], word["No"])
+        target += [number[problems.digits[rows, problems.path[:, k]]],
+                   number[(before + problems.sign * digit) % 10], verdict]  # fmt: skip
+    tiles = np.stack([name[problems.colours[rows, problems.path[:, k]]] for k in range(length)], axis=1)
+    idle_word, other_word = rng.choice(idle, (n, 1)), rng.choice(idle, (n, 1))
+    add = np.concatenate([idle_word, other_word, np.full((n, 1), word["add"]), tiles], axis=1)
+    take = [np.full((n, 1), word["from"]), number[start][:, None], np.full((n, 1), word["take"])]
+    question = np.where(adds[:, None], add, np.concatenate([*take, tiles], axis=1))
+    return {"colours": problems.colours, "digits": problems.digits, "idle": question,
+            "text": np.stack(columns, axis=1), "asked": np.array(asked), "target": np.stack(target, axis=1)}  # fmt: skip
+
+
+def follow_errors(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, updates: int, seed: int = 0,
+    batch_size: int = 32, learning_rate: float = 1e-3,
+) -> None:  # fmt: skip
+    """The second stage: three batches of chains for each batch of single statements."""
+    rng, tokenizer, pixels = np.random.default_rng([seed, 2]), processor.tokenizer, tile_pixels(processor)
+    head, tail = prompt_around(processor, batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in trange(updates, desc="following errors", mininterval=10):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 50, 2 * (1 - step / updates))
+        chains = step % 4 != 3
+        batch = draw_chains(batch_size, rng, tokenizer) if chains else draw_batch(batch_size, rng, tokenizer)
+        logits = logits_of(model, pixels, batch, head[:, :-1] if chains else head, tail)  # a question of its own
+        loss = cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch["target"]).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 99:
+            print(f"update {step + 1}: loss {loss.item():.3f}", flush=True)
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, output: Path) -> None:
     """Save a copy in half precision (in fp32 the weights would take 4 MB); it is loaded in fp32."""
-    model = copy.deepcopy(model)
-    forget_reward_tokens(model, processor)
-    model.to(torch.float16).save_pretrained(output)
+    copy.deepcopy(model).to(torch.float16).save_pretrained(output)
     processor.save_pretrained(output)
 
 
@@ -251,7 +346,7 @@ def forget_reward_tokens(model: Qwen2_5_VLForConditionalGeneration, processor: Q
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=BASE_MODEL)
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--updates", type=int, nargs=2, default=(2000, 700), help="of the two stages")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    train_base(arguments.output, arguments.updates, arguments.seed)
+    train_base(arguments.output, tuple(arguments.updates), arguments.seed)

@@ -8,7 +8,6 @@ For every seed: make a corpus and a benchmark, score the rollouts with BIS, sele
 """
 
 import json
-import math
 import os
 import shutil
 import time
@@ -43,16 +42,21 @@ from trl_mprm.files import write_json
 from . import plots
 from .base import BASE_MODEL
 from .corpus import write_benchmark, write_corpus
+from .inference import interval, p_equivalent
 from .settings import DEMO, QUICK, Settings
 
 
 METRICS = ("macro_f1_step_weighted", "macro_f1_pooled", "auc")
-# 97.5% quantile of Student's t by degrees of freedom: paired intervals over so few seeds must not use 1.96.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+F1 = "macro_f1_step_weighted"
+MARGIN = 2.0  # points of F1 that count as no difference
+CRITERION = (
+    "Differences in step-weighted macro-F1, paired by seed. Better: the 95% interval lies above 0. As good: two one-sided "
+    f"tests place the difference within {MARGIN:g} points at the 5% level."
+)
 
 
 def run_demo(
-    output_dir: str | Path, quick: bool = False, qlora: bool = False, settings: Settings | None = None
+    output_dir: str | Path, quick: bool = False, full: bool = False, settings: Settings | None = None
 ) -> dict:
     """
     Run the miniature and write `results.json`, pictures and every trained model with its card into `output_dir`.
@@ -62,8 +66,8 @@ def run_demo(
             Folder for everything; what an earlier run left there is replaced.
         quick (`bool`, *optional*, defaults to `False`):
             Run one seed on a smaller corpus, to show that everything runs; the result is no evidence.
-        qlora (`bool`, *optional*, defaults to `False`):
-            Train LoRA adapters on the base in 4 bit (NF4).
+        full (`bool`, *optional*, defaults to `False`):
+            Train all weights but the vision encoder's, instead of an adapter on a base in 4 bit (QLoRA).
         settings (`Settings`, *optional*):
             Settings to use instead of the frozen ones.
 
@@ -86,19 +90,19 @@ def run_demo(
         worlds = pool.map(make_world, [output_dir / f"seed-{seed}" for seed in seeds], repeat(settings), seeds)
         corpora = dict(zip(seeds, tqdm(worlds, total=len(seeds), **bar), strict=True))
         long_first = sorted(tasks, key=lambda task: not task[0].endswith("full"))
-        running = {pool.submit(run_subset, output_dir, settings, *task, qlora): task for task in long_first}
+        running = {pool.submit(run_subset, output_dir, settings, *task, full): task for task in long_first}
         done = tqdm(as_completed(running), total=len(tasks), desc=f"trainings and evaluations (details: {log})")
         records = {running[future]: future.result() for future in done}
     runs = [records[task] for task in tasks]
     summary = summarise(runs)
     results = {
         "quick": quick,
-        "qlora": qlora,
+        "full_fine_tuning": full,
         "settings": asdict(settings),
         "corpus": corpora,
         "runs": runs,
         "summary": summary,
-        "verdict": verdict(summary),
+        "verdict": verdict(runs),
         "seconds": round(time.time() - started, 1),
     }
     results = json.loads(json.dumps(results))  # returns the same types as reading the file: lists, string keys
@@ -108,9 +112,8 @@ def run_demo(
     plots.draw_corpus(load_scored(first, settings), settings.fraction, output_dir / "corpus.png")
     trained = first / "bis10"
     if trained.is_dir():
-        plots.draw_solution(
-            load_prm(trained, qlora), read_benchmark(first / "benchmark").items, output_dir / "solution.png"
-        )
+        prm, items = load_prm(trained, full), read_benchmark(first / "benchmark").items
+        plots.draw_solution(prm, items, output_dir / "solution.png")
     print_table(results, output_dir)
     return results
 
@@ -145,7 +148,7 @@ def load_scored(folder: Path, settings: Settings) -> Dataset:
     return rollouts.map(add_bis, fn_kwargs={"alpha": settings.alpha}, batched=True)
 
 
-def run_subset(output_dir: Path, settings: Settings, subset: str, seed: int, qlora: bool) -> dict:
+def run_subset(output_dir: Path, settings: Settings, subset: str, seed: int, full: bool) -> dict:
     """One row of the results: select, train, save, load, evaluate."""
     print(f"seed {seed}: {subset}", flush=True)
     folder = output_dir / f"seed-{seed}"
@@ -155,12 +158,11 @@ def run_subset(output_dir: Path, settings: Settings, subset: str, seed: int, qlo
     if rows is None:
         prm = load_zero_shot(str(BASE_MODEL))
     else:
-        adapter = qlora or subset.endswith("-lora")
-        trainer = make_trainer(rows, validation, selection, folder / subset, settings, seed, adapter, qlora)
+        trainer = make_trainer(rows, validation, selection, folder / subset, settings, seed, full)
         trainer.train()
         trainer.evaluate()
         trainer.save_model()
-        prm, steps = load_prm(folder / subset, qlora), trainer.state.global_step
+        prm, steps = load_prm(folder / subset, full), trainer.state.global_step
     seconds = time.time() - started
     benchmark = read_benchmark(folder / "benchmark")
     metrics = evaluate_model(prm, benchmark, batch_size=64, output_dir=folder / f"evaluation-{subset}")
@@ -185,7 +187,7 @@ def select_rows(
         return None, None
     if subset == "full":
         return scored, None
-    if subset in ("bis10", "bis10-lora"):
+    if subset == "bis10":
         keep = top_fraction(scored, settings.fraction, by="source")
         return scored.filter(keep), keep.report | {"alpha": settings.alpha}
     fraction = 0.25 if subset == "random25" else settings.fraction
@@ -201,18 +203,23 @@ def select_rows(
 
 def make_trainer(
     rows: Dataset, validation: Dataset, selection: dict | None, output_dir: Path, settings: Settings, seed: int,
-    adapter: bool = False, qlora: bool = False, base: Path = BASE_MODEL, **config: Any,
+    full: bool = False, **config: Any,
 ) -> ProcessRewardTrainer:  # fmt: skip
-    """The trainer of one process reward model: the same recipe for every subset, but for `config`."""
-    lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank)
+    """
+    The trainer of one process reward model: the same recipe for every subset, but for `config`.
+
+    QLoRA, that is a base in 4 bit, with an adapter on the decoder and a trained projector; or with `full` all weights
+    but the vision encoder's.
+    """
+    lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, modules_to_save=["merger"])
     return ProcessRewardTrainer(
-        model=str(base),
+        model=str(BASE_MODEL),
         args=ProcessRewardConfig(
             output_dir=str(output_dir),
             hub_model_id=f"miniature-mprm-{output_dir.name}",  # the name on the card
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=64,
-            learning_rate=settings.lora_learning_rate if adapter else settings.learning_rate,
+            learning_rate=settings.full_learning_rate if full else settings.learning_rate,
             seed=seed,
             save_strategy="no",
             report_to="none",
@@ -222,27 +229,23 @@ def make_trainer(
         ),
         train_dataset=rows,
         eval_dataset=validation,
-        peft_config=lora if adapter else None,
-        quantization_config=nf4() if qlora else None,
+        peft_config=None if full else lora,
+        quantization_config=None if full else nf4(),
         selection=selection,
     )
 
 
 def nf4() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
 
 
-def load_prm(folder: Path, qlora: bool) -> ProcessRewardModel:
-    return ProcessRewardModel.from_pretrained(folder, quantization_config=nf4() if qlora else None)
-
-
-def interval(values: list[float]) -> dict:
-    """Mean of a few seeds with its 95% interval by Student's t; no interval from one seed."""
-    mean, n = float(np.mean(values)), len(values)
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None, "seeds": 1}
-    half = STUDENT[n - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": n}
+def load_prm(folder: Path, full: bool) -> ProcessRewardModel:
+    return ProcessRewardModel.from_pretrained(folder, quantization_config=None if full else nf4())
 
 
 def summarise(runs: list[dict]) -> dict:
@@ -272,35 +275,31 @@ def summarise(runs: list[dict]) -> dict:
     return {"subsets": subsets, "paired_differences": pairs}
 
 
-def verdict(summary: dict) -> dict:
+def verdict(runs: list[dict]) -> dict:
     """
     Answer the two questions of the demo by criteria that were written before the final seeds ran.
 
-    On the paper's metric, step-weighted macro-F1, difference paired by seed: "ahead" if the 95% interval lies above 0,
-    "behind" if below, otherwise "inconclusive".
+    See `CRITERION`.
     """
-    answers = {}
-    for question, pair in (
-        ("BIS-10% against random-10%", "bis10 - random10"),
-        ("BIS-10% against full", "bis10 - full"),
-    ):
-        difference = summary["paired_differences"].get(pair, {}).get("macro_f1_step_weighted")
-        if difference is None:
-            answers[question] = {"answer": "not run", "words": f"{question}: not run."}
-            continue
-        points, low, high = (None if v is None else 100 * v for v in list(difference.values())[:3])
-        if low is None or high is None:
-            answer, words = "one seed", f"{points:+.1f} points F1 on one seed, which is no evidence"
-        else:
-            answer = "ahead" if low > 0 else "behind" if high < 0 else "inconclusive"
-            words = f"{answer}, {points:+.1f} points F1 (95% interval {low:+.1f} to {high:+.1f}, "
-            words += f"{difference['seeds']} seeds)"
-        answers[question] = {"answer": answer, "words": f"{question}: {words}."}
-    return {
-        "criterion": "ahead or behind if the 95% interval of the seed-paired difference in step-weighted macro-F1 "
-        "leaves out 0, else inconclusive",
-        **answers,
+    by_subset: dict[str, dict[int, float]] = {}
+    for run in runs:
+        by_subset.setdefault(run["subset"], {})[run["seed"]] = 100 * run[F1]
+    questions = {
+        "BIS-10% is better than a random 10%": ("random10", lambda d: interval(d)["low"] > 0),
+        "BIS-10% is as good as all rollouts": ("full", lambda d: p_equivalent(d, MARGIN) < 0.05),
     }
+    answers: dict[str, Any] = {"criterion": CRITERION}
+    for question, (other, is_shown) in questions.items():
+        one, two = by_subset.get("bis10", {}), by_subset.get(other, {})
+        differences = [one[seed] - two[seed] for seed in sorted(one.keys() & two.keys())]
+        if len(differences) < 2:
+            answers[question] = {"answer": "not run", "words": f"{question}: not run on two seeds or more."}
+            continue
+        found, answer = interval(differences), "shown" if is_shown(differences) else "not shown"
+        spread = f"95% interval {found['low']:+.1f} to {found['high']:+.1f}, {found['seeds']} seeds"
+        words = f"{question}: {answer} ({found['mean']:+.1f} points of F1, {spread})."
+        answers[question] = {"answer": answer, "words": words}
+    return answers
 
 
 def print_table(results: dict, output_dir: Path) -> None:
@@ -315,7 +314,8 @@ def print_table(results: dict, output_dir: Path) -> None:
         rollouts, steps, seconds = (np.mean([r[k] for r in rows]) for k in ("rollouts", "optimizer_steps", "seconds"))
         print(f"{subset:<12}{len(rows):>6}{rollouts:>10,.0f}{steps:>9,.0f}{seconds:>7.0f}"
               f"{100 * f1['mean']:>8.1f}{spread:>16}{100 * auc['mean']:>8.1f}")  # fmt: skip
-    print("F1: step-weighted macro-F1 x 100, held-out threshold. true10, true-full: random10, full with true labels.")
+    print("F1: step-weighted macro-F1 x 100, held-out threshold. Training: "
+          + ("all weights." if results["full_fine_tuning"] else "QLoRA."))  # fmt: skip
     for answer in results["verdict"].values():
         if isinstance(answer, dict):
             print(answer["words"])

@@ -38,7 +38,44 @@ The learning rate of the adapter was not calibrated again. The first round has b
 demo runs on seeds 11 to 15, which nothing had seen. Zero-shot 41.4 was the luck of the two fresh rows; for the demo they
 were drawn again, nearest to chance on seed 105 (50.6/47.6).
 
-The paper's corpus: error steps 3.6%, mixed rollouts 7.7%, mean score .857; ours 3.9%, 10.7%, .888.
+Measured once on seeds 11 to 15, and for the first study on seeds 21 to 25: random10 66.5 and 71.1, bis10 80.6 and 77.2,
+full 87.5 and 83.4. Single trainings jumped between about 65 and 85, so most comparisons were inconclusive.
+
+Third round, QLoRA, seeds 201 to 206; the second round has been seen when it was made. What changed and why: "Yes" and
+"No" keep their meaning, as in a real model, and the base is trained 700 updates more on following an error (`base.py`),
+so that a training has to find how the marker asks and not what is asked; fewer policies notice their slips, so that less
+of the label noise is random, and half of the questions have options (a third before), so that more of it is systematic;
+fewer hard problems, for the same share of mixed rollouts. Chosen for trainings that agree between seeds, looking only at
+zero-shot, random, full and true labels; whether it helps or hurts BIS was not known and not looked at.
+
+    setting (QLoRA r 16, 16k rollouts)              seeds        zero-shot  random10                     full
+    base of the second round, batch 16, 1e-3        201, 202     48.5       68.7, 68.2                   -
+    new base, world of the second round: 1e-3       201          54.4       61.2                         -
+      3e-4 (true10 88.4)                            201, 202     -          70.2, 67.3                   90.8
+      1e-4 (true-full 90.6)                         201, 202     -          72.2, 73.6                   85.9
+      3e-5                                          201, 202     -          61.8, 63.3                   -
+      1e-4, batch 8                                 201, 202     -          72.2, 71.0                   -
+      2e-4, r 4                                     201, 202     -          72.9, 58.4                   -
+      1e-4, beta2 .95, no weight decay              201, 202     -          72.9, 73.5                   -
+    new world without any noticing: 1e-4            201, 202     -          75.9, 78.0                   -
+    new world: 1e-4 (true10 77.7)                   201, 202     -          73.9, 77.0                   88.6
+    the same, projector trained and double quantisation from here on:
+      1e-4; 2e-4 (true10 80.3)                      201          -          74.4; 76.6                   -
+      3e-4                                          201, 202     -          86.1, 68.4                   -
+      4e-4                                          201 to 203   -          86.6, 80.1, 87.0             -
+      8e-4                                          201 to 203   -          71.8, 79.1, 88.4             -
+      4e-4, batch 8                                 202, 204, 206  -        88.3, 86.6, 89.7             -
+      4e-4, batch 4                                 201 to 203   -          84.8, 89.2, 86.9             -
+      4e-4, batch 4, 8k rollouts                    201 to 203   -          85.1, 82.5, 60.1             -
+      4e-4, batch 6, 12k rollouts                   201 to 205   -          77.5, 89.1, 84.4, 87.9, 87.5 -
+    5e-4, batch 8, 12k rollouts: FROZEN             201 to 206   54.9       86.0, 83.6, 88.4, 86.8, 88.9, 87.0   90.5, 91.2, 90.7, 90.7, 91.9, 91.0
+      true10 89.2, 90.1, 89.1 (201 to 203); true-full TRUEFULL (201); zero-shot 54.2 to 55.3
+    all weights, 2e-4: frozen (5e-4)                201, 202     -          80.3, 88.6 (76.4, 85.5)      -
+
+Standard deviation between seeds of the frozen setting: random10 1.9, full 0.5, (full - random10) 1.9 points. This is
+the regime that was looked for: the random tenth comes within 4.2 points of full on average (the paper: 2.3 and 3.6).
+
+The paper's corpus: error steps 3.6%, mixed rollouts 7.7%, mean score .857; ours 5.1%, 10.4%, .886.
 """
 
 from dataclasses import dataclass, field, replace
@@ -53,14 +90,14 @@ class Settings:
     # The policy that is annotated: errors sit on one hard tile per problem.
     policy: Policy = Policy(
         hard_rates=(0.02, 0.2, 0.6, 0.98),
-        hard_weights=(0.53, 0.40, 0.05, 0.02),
+        hard_weights=(0.60, 0.34, 0.04, 0.02),
         slip=0.003,
         notice_rates=(0.0, 0.05, 0.3),
-        notice_weights=(0.15, 0.55, 0.3),
+        notice_weights=(0.6, 0.3, 0.1),
     )
-    options: tuple[tuple[int, float], ...] = ((0, 0.65), (2, 0.175), (4, 0.175))
+    options: tuple[tuple[int, float], ...] = ((0, 0.5), (2, 0.25), (4, 0.25))
     wrong_reference: float = 0.012
-    problems: int = 4000
+    problems: int = 3000
     rollouts: int = 4
     num_mc: int = 16
     validation_problems: int = 150
@@ -79,22 +116,19 @@ class Settings:
     fraction: float = 0.10
     alpha: float = 0.2
 
-    learning_rate: float = 2e-4
-    batch_size: int = 4
-    # One more run of BIS-10%, as an adapter.
-    lora_learning_rate: float = 1e-3
+    batch_size: int = 8
+    learning_rate: float = 5e-4  # of QLoRA
     lora_rank: int = 16
+    full_learning_rate: float = 2e-4  # of training all weights
 
-    # Subset -> seeds. Data, selection and training all take the seed. `random25` and `true-full`, which the table above
-    # has too, can be named here as well.
+    # Subset -> seeds. Data, selection and training all take the seed. `true10`, `random25` and `true-full`, which the
+    # tables above have too, can be named here as well.
     seeds: dict[str, tuple[int, ...]] = field(
         default_factory=lambda: {
-            "zero-shot": (11, 12, 13),
-            "random10": (11, 12, 13, 14, 15),
-            "bis10": (11, 12, 13, 14, 15),
-            "full": (11, 12, 13),
-            "true10": (11, 12, 13),
-            "bis10-lora": (11,),
+            "zero-shot": (31, 32, 33),
+            "random10": (31, 32, 33, 34, 35),
+            "bis10": (31, 32, 33, 34, 35),
+            "full": (31, 32, 33),
         }
     )
 
@@ -104,5 +138,5 @@ QUICK = replace(
     DEMO,
     problems=1200,
     benchmark_problems=150,
-    seeds={subset: (11,) for subset in ("zero-shot", "random10", "bis10", "full", "true10")},
+    seeds={subset: (31,) for subset in ("zero-shot", "random10", "bis10", "full")},
 )
