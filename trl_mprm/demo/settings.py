@@ -69,7 +69,7 @@ zero-shot, random, full and true labels; whether it helps or hurts BIS was not k
       4e-4, batch 4, 8k rollouts                    201 to 203   -          85.1, 82.5, 60.1             -
       4e-4, batch 6, 12k rollouts                   201 to 205   -          77.5, 89.1, 84.4, 87.9, 87.5 -
     5e-4, batch 8, 12k rollouts: FROZEN             201 to 206   54.9       86.0, 83.6, 88.4, 86.8, 88.9, 87.0   90.5, 91.2, 90.7, 90.7, 91.9, 91.0
-      true10 89.2, 90.1, 89.1 (201 to 203); true-full TRUEFULL (201); zero-shot 54.2 to 55.3
+      true10 89.2, 90.1, 89.1 (201 to 203); true-full 94.7 (201); zero-shot 54.2 to 55.3
     all weights, 2e-4: frozen (5e-4)                201, 202     -          80.3, 88.6 (76.4, 85.5)      -
 
 Standard deviation between seeds of the frozen setting: random10 1.9, full 0.5, (full - random10) 1.9 points. This is
