@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from trl_mprm import evaluate_model, load_rollouts, load_zero_shot, read_benchmark
-from trl_mprm.demo.base import BASE_MODEL, draw_batch, tile_pixels
+from trl_mprm.demo.base import BASE_MODEL, draw_batch, draw_chains, logits_of, prompt_around, tile_pixels
 from trl_mprm.demo.corpus import write_benchmark, write_corpus
-from trl_mprm.demo.run import interval, run_demo, summarise, verdict
+from trl_mprm.demo.inference import interval
+from trl_mprm.demo.run import make_trainer, run_demo, verdict
 from trl_mprm.demo.settings import DEMO, QUICK
 from trl_mprm.demo.world import (
     NAMES,
@@ -31,7 +32,7 @@ TINY = replace(
     problems=60,
     validation_problems=10,
     benchmark_problems=20,
-    seeds={"zero-shot": (1, 2), "random10": (1, 2), "bis10": (1, 2), "full": (1,), "true10": (1,), "bis10-lora": (1,)},
+    seeds={"zero-shot": (1, 2), "random10": (1, 2), "bis10": (1, 2), "full": (1,), "true10": (1,)},
 )
 
 
@@ -178,23 +179,32 @@ def test_base_judges_single_statements():
     processor, model = prm.processing_class, prm.model
     tokenizer, pixels = processor.tokenizer, tile_pixels(processor)
     batch = draw_batch(64, np.random.default_rng(9), tokenizer)
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "check"}]}],
-        tokenize=False, add_generation_prompt=True,
-    ).replace("<|image_pad|>", " <|image_pad|>" * 9)  # fmt: skip
-    head = torch.tensor(tokenizer(prompt).input_ids).expand(64, -1)
-    ids = torch.cat([head, torch.from_numpy(batch["text"])], dim=1)
     with torch.inference_mode():
-        logits = model(
-            input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            image_grid_thw=torch.tensor([[1, 6, 6]]).expand(64, 3),
-            pixel_values=pixels[batch["colours"], batch["digits"]].reshape(-1, pixels.shape[-1]),
-            logits_to_keep=torch.from_numpy(batch["asked"]) + head.shape[1],
-        ).logits  # fmt: skip
+        logits = logits_of(model, pixels, batch, *prompt_around(processor, 64))
     for first, words in ((7, ["true", "false"]), (8, ["sound", "spoilt"])):  # behind each of the five statements
         one, other = tokenizer.convert_tokens_to_ids(words)
         judged = logits[:, first::6, one] > logits[:, first::6, other]
         assert (judged.numpy() == (batch["target"][:, first::6] == one)).mean() > 0.9
+
+
+def test_base_follows_errors_and_answers_only_where_it_is_asked():
+    prm = load_zero_shot(str(BASE_MODEL))
+    processor, rng = prm.processing_class, np.random.default_rng(10)
+    tokenizer, pixels = processor.tokenizer, tile_pixels(processor)
+    yes, no, asks = tokenizer.convert_tokens_to_ids(["Yes", "No", "?"])
+    head, tail = prompt_around(processor, 64)
+    right, sure = [], []
+    for _ in range(4):
+        batch = draw_chains(64, rng, tokenizer)
+        with torch.inference_mode():
+            logits = logits_of(prm.model, pixels, batch, head[:, :-1], tail)[:, 2::3]  # behind each statement
+        margin = (logits[..., yes] - logits[..., no]).numpy()
+        asked = batch["text"][:, batch["asked"][2::3]] == asks
+        right += ((margin > 0) == (batch["target"][:, 2::3] == yes))[asked].tolist()
+        sure.append((np.abs(margin[asked]).mean(), np.abs(margin[~asked]).mean()))
+    assert np.mean(right) > 0.9
+    asked, idle = np.mean(sure, axis=0)
+    assert idle < asked / 4
 
 
 def test_base_is_near_chance_as_a_process_reward_model(benchmark):
@@ -210,7 +220,7 @@ def test_base_is_small_enough_to_ship():
 def test_interval_is_students():
     # mean 2, sd 1, n 3: half width 4.303 / sqrt(3)
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(
-        {"mean": 2.0, "low": 2 - 2.4843, "high": 2 + 2.4843, "seeds": 3}, abs=1e-3
+        {"mean": 2.0, "low": 2 - 2.4843, "high": 2 + 2.4843, "sd": 1.0, "seeds": 3}, abs=1e-3
     )
 
 
@@ -219,14 +229,21 @@ def run(subset, seed, f1):
 
 
 @pytest.mark.parametrize(
-    "bis, answer", [((0.70, 0.71, 0.72), "ahead"), ((0.60, 0.73, 0.66), "inconclusive"), ((0.5, 0.5, 0.5), "behind")]
+    "bis, better, as_good",
+    [
+        ((0.70, 0.71, 0.72), "shown", "not shown"),  # 5 points above both
+        ((0.60, 0.73, 0.66), "not shown", "not shown"),  # anywhere
+        ((0.655, 0.665, 0.662), "not shown", "shown"),  # within half a point of full
+        ((0.5, 0.5, 0.5), "not shown", "not shown"),
+    ],
 )
-def test_verdict_follows_the_paired_interval(bis, answer):
+def test_verdict_follows_the_paired_differences(bis, better, as_good):
     runs = [run("bis10", seed, value) for seed, value in enumerate(bis)]
-    runs += [run("random10", seed, value) for seed, value in enumerate((0.65, 0.66, 0.66))]
-    found = verdict(summarise(runs))
-    assert found["BIS-10% against random-10%"]["answer"] == answer
-    assert found["BIS-10% against full"]["answer"] == "not run"
+    runs += [run(arm, seed, f1) for arm in ("random10", "full") for seed, f1 in enumerate((0.65, 0.66, 0.66))]
+    found = verdict(runs)
+    assert found["BIS-10% is better than a random 10%"]["answer"] == better
+    assert found["BIS-10% is as good as all rollouts"]["answer"] == as_good
+    assert verdict(runs[:4])["BIS-10% is as good as all rollouts"]["answer"] == "not run"
 
 
 def check_results(results, folder):
@@ -239,7 +256,7 @@ def check_results(results, folder):
             assert row["optimizer_steps"] == -(-row["rollouts"] // DEMO.batch_size)
             model = folder / f"seed-{row['seed']}" / row["subset"]
             assert (model / "README.md").is_file() and (model / "process_reward_config.json").is_file()
-    for picture in ("f1_by_subset.png", "corpus.png", "solution.png"):
+    for picture in ("f1_by_subset.png", "corpus.png", "solution.png", "corpus-dark.png"):
         assert Image.open(folder / picture).size[0] > 500
 
 
@@ -251,15 +268,29 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     ]  # fmt: skip
     rows = {(row["subset"], row["seed"]): row["rollouts"] for row in results["runs"]}
     assert rows["full", 1] == 240 and rows["bis10", 1] == rows["random10", 1] == rows["true10", 1] < 30
-    assert (tmp_path / "seed-1" / "bis10-lora" / "adapter_model.safetensors").is_file()
-    assert results["summary"]["paired_differences"]["bis10 - random10"]["auc"]["seeds"] == 2
-    assert "BIS-10% against random-10%" in capsys.readouterr().out
-
-
-def test_demo_trains_adapters_on_a_base_in_4_bit(tmp_path):
-    settings = replace(TINY, problems=40, seeds={"bis10": (1,)})
-    check_results(run_demo(tmp_path, qlora=True, settings=settings), tmp_path)
     assert (tmp_path / "seed-1" / "bis10" / "adapter_model.safetensors").is_file()
+    assert results["summary"]["paired_differences"]["bis10 - random10"]["auc"]["seeds"] == 2
+    assert "BIS-10% is better than a random 10%" in capsys.readouterr().out
+
+
+def test_demo_trains_all_weights(tmp_path):
+    settings = replace(TINY, problems=40, seeds={"bis10": (1,)})
+    check_results(run_demo(tmp_path, full=True, settings=settings), tmp_path)
+    assert (tmp_path / "seed-1" / "bis10" / "model.safetensors").is_file()
+
+
+def test_adapter_of_the_demo_trains_decoder_projector_and_marker(tmp_path):
+    write_corpus(tmp_path / "corpus", 10, DEMO.policy, np.random.default_rng(3), options=DEMO.options)
+    rows = load_rollouts(tmp_path / "corpus" / "annotations", image_root=tmp_path / "corpus")
+    trainer = make_trainer(rows, rows, None, tmp_path / "out", DEMO, seed=1)
+    trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+    kinds = {"lora_": 0, "visual.merger": 0, "trainable_tokens": 0}
+    for name in trained:
+        (kind,) = [kind for kind in kinds if kind in name]
+        kinds[kind] += 1
+    assert kinds["lora_"] == 2 * 4 * 7 and kinds["visual.merger"] and kinds["trainable_tokens"] == 1
+    quantised = [m for m in trainer.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert quantised and all(m.weight.quant_state.nested for m in quantised)
 
 
 def test_quick_differs_in_size_only():

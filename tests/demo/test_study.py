@@ -1,5 +1,6 @@
 """The study recipe: its plan, its runs in a tiny world, its going on after a stop, and the kept report."""
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -23,56 +24,104 @@ def study():
     sys.path.remove(str(FOLDER))
 
 
-def test_plan_names_every_arm_with_every_seed(study):
-    tasks = study.plan()
-    assert len(tasks) == len(set(tasks)) and len(study.SEEDS) >= 5
-    expected = {("standard", arm, seed) for arm in study.ARMS for seed in study.SEEDS}
-    expected |= {(world, arm, seed) for world in study.WORLDS[1:] for arm in study.ROBUSTNESS for seed in study.SEEDS}
-    assert set(tasks) == expected
+def test_plan_names_every_arm_and_its_seeds(study):
+    runs = [(world, arm, seed) for world, arms, seed in study.plan() for arm in arms]
+    assert len(runs) == len(set(runs)) and len(study.SEEDS) >= 12
+    expected = {("standard", arm, seed) for arm in study.PRIMARY for seed in study.SEEDS}
+    expected |= {("standard", arm, seed) for arm in study.ARMS.keys() - study.PRIMARY.keys() for seed in study.FEWER}
+    expected |= {(world, arm, seed) for world in study.WORLDS[1:] for arm in study.ROBUSTNESS for seed in study.FEWER}
+    assert set(runs) == expected
+    first = [arms for _, arms, _ in study.plan()[: len(study.SEEDS)]]
+    assert first == [tuple(study.PRIMARY)] * len(study.SEEDS)  # what matters most comes first
+
+
+def test_every_claim_is_about_runs_of_the_plan(study):
+    from report import PRIMARY, SECONDARY
+
+    runs = {(world, arm) for world, arms, _ in study.plan() for arm in arms}
+    for claim in (*PRIMARY, *SECONDARY):
+        assert {(claim.world, claim.one), (claim.world, claim.other)} <= runs
+    assert len({claim.words for claim in SECONDARY}) == len(SECONDARY)
+    text = study.PLAN.read_text()
+    assert (
+        f"Seeds {study.SEEDS[0]} to {study.SEEDS[-1]}" in text
+        and f"Seeds {study.FEWER[0]} to {study.FEWER[-1]}" in text
+    )
 
 
 def test_worlds_differ_in_one_thing(study):
     standard = vars(DEMO)
     for world in study.WORLDS:
         changed = [name for name, value in vars(study.settings_of(world, DEMO)).items() if value != standard[name]]
-        assert changed == {"standard": [], "weaker base": []}.get(
-            world, ["policy" if "policy" in world else "options"]
-        )
+        assert changed == ([] if world == "standard" else ["options"])
 
 
 @pytest.mark.slow
 def test_runs_and_goes_on_where_it_stopped(study, tmp_path, capfd):
     from report import write_report
 
-    arms = ("zero-shot", "random10", "bis10-hash", "true10", "full-soft")
-    tasks = [("standard", arm, seed) for arm in arms for seed in (1, 2)] + [("heavier noise", "bis10", 1)]
-    study.run_all(tmp_path, tasks, TINY)
+    arms = ("zero-shot", "random10", "bis10-no-answer", "true10", "random10-mixed")
+    blocks = [("standard", arms, seed) for seed in (1, 2)] + [("heavier noise", ("bis10",), 1)]
+    study.run_all(tmp_path, blocks, TINY)
     records = {path.name: path.read_bytes() for path in (tmp_path / "records").iterdir()}
-    assert len(records) == len(tasks)
+    assert len(records) == 11
     runs = {(run["arm"], run["seed"]): run for run in study.read_records(tmp_path)["runs"]}
     files = (tmp_path / "worlds" / "standard-1" / "corpus" / "annotations").glob("*.jsonl")
     assert runs["random10", 1]["rollouts"] == sum(
         max(1, int(len(file.read_text().splitlines()) * 0.1)) for file in files
     )
-    assert runs["full-soft", 1]["rollouts"] == 240 and runs["full-soft", 1]["optimizer_steps"] == 60
     assert runs["true10", 1]["wrong_but_positive"] == runs["random10", 1]["wrong_but_positive"]  # the same rows
     assert runs["true10", 1]["macro_f1_pooled"] != runs["random10", 1]["macro_f1_pooled"]  # other labels
+    assert runs["random10-mixed", 1]["mixed_rollouts"] > 2 * runs["random10", 1]["mixed_rollouts"]
 
     lost = next((tmp_path / "records").glob("*random10-2.json"))
     lost.unlink()
-    study.run_all(tmp_path, tasks, TINY)
+    study.run_all(tmp_path, blocks, TINY)
     assert "10 of 11 runs are done" in capfd.readouterr().out
     again, before = json.loads(lost.read_text()), json.loads(records[lost.name])
     assert again | {"seconds": 0} == before | {"seconds": 0}
 
     study.write_json(study.read_records(tmp_path), tmp_path / "results.json")
-    corpora = study.take_records(tmp_path / "results.json", tmp_path / "taken")
-    assert corpora == study.read_records(tmp_path)["corpora"] and "standard-1" in corpora
-    assert {path.name for path in (tmp_path / "taken" / "records").iterdir()} == records.keys()
     write_report(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        "saturation.png", "rules.png", "labels.png", "robustness.png"
-    }  # fmt: skip
+        f"{name}{mode}.png" for name in ("primary", "claims", "fractions") for mode in ("", "-dark")
+    }
+
+
+def test_controls_have_what_they_should_of_bis10(study, tmp_path):
+    folder = tmp_path / "standard-1"
+    study.build_world(folder, TINY, 1)
+    scored, *_ = study.load_world(folder)
+    best, *_ = study.rows_of(study.ARMS["bis10"], 1, folder)
+    mixed, report, _ = study.rows_of(study.ARMS["random10-mixed"], 1, folder)
+    counts = [
+        sorted(
+            (source, study.is_mixed(scores)) for source, scores in zip(rows["source"], rows["mc_scores"], strict=True)
+        )
+        for rows in (best, mixed)
+    ]
+    assert counts[0] == counts[1] and report is None and set(best["rollout_id"]) != set(mixed["rollout_id"])
+    rows, _, config = study.rows_of(study.ARMS["random10-weighted"], 1, folder)
+    good, bad = config["class_weights"]
+    assert bad * study.odds_of_bad(rows) == pytest.approx(good * study.odds_of_bad(best))
+    shorter, *_ = study.rows_of(study.ARMS["bis10-no-answer"], 1, folder)
+    assert not any("answer" in step for steps in shorter["completions"] for step in steps)
+    assert [len(row) for row in shorter["labels"]] == [len(row) for row in shorter["completions"]]
+    first = {}
+    for question, scores in zip(
+        zip(scored["source"], scored["prompt"], strict=True), scored["mc_scores"], strict=True
+    ):
+        first.setdefault(question, []).append(scores[0])
+    question = (scored[5]["source"], scored[5]["prompt"])
+    assert scored[5]["self_confidence"] == pytest.approx(sum(first[question]) / len(first[question]))
+
+
+def test_runs_of_another_plan_are_refused(study, tmp_path):
+    study.check_plan(tmp_path / "runs")
+    study.check_plan(tmp_path / "runs")
+    (tmp_path / "runs" / "plan.md").write_text("another plan")
+    with pytest.raises(ValueError, match="made by another plan"):
+        study.check_plan(tmp_path / "runs")
 
 
 @pytest.mark.slow
@@ -94,18 +143,30 @@ def test_rendered_once_is_rendered_each_time(study, tmp_path):
     assert len(once.remembered) > 8
 
 
-def test_verdicts_follow_the_interval(study):
-    from report import Study, verdict
+def test_answers_follow_differences_margins_and_holm(study):
+    from report import ABOVE, BELOW, EQUAL, NOT_BEHIND, PRIMARY, SECONDARY, Claim, Study, answers, outcome, p_value
 
-    runs = [{"world": "standard", "arm": arm, "seed": seed, "macro_f1_step_weighted": f1, "auc": f1}
-            for arm, values in {"a": (0.50, 0.52), "b": (0.60, 0.63), "c": (0.50, 0.60)}.items()
-            for seed, f1 in enumerate(values)]  # fmt: skip
-    study_of = Study({"arms": dict.fromkeys("abc"), "runs": runs})
-    better = study_of.difference("b", "a")  # 10 and 11 points: 10.5 -+ 12.706 * 0.7071 / sqrt(2)
-    assert better["mean"] == pytest.approx(10.5) and better["low"] == pytest.approx(10.5 - 6.353)
-    assert [verdict(better, expected) for expected in (1, -1, 0)] == ["yes", "the opposite", "better than that"]
-    open_ = study_of.difference("c", "a")
-    assert [verdict(open_, expected) for expected in (1, -1, 0)] == ["inconclusive"] * 3
+    up, level, down = [9.0, 10.0, 11.0], [-0.2, 0.1, 0.3], [-9.0, -10.0, -11.0]
+    for kind, differences, expected in (
+        (ABOVE, up, "yes"), (ABOVE, level, "not shown"), (ABOVE, down, "the opposite"), (BELOW, down, "yes"),
+        (BELOW, up, "the opposite"), (EQUAL, level, "yes"), (EQUAL, up, "not shown"), (EQUAL, [1.9, 2.2, 1.4], "not shown"),
+        (NOT_BEHIND, up, "yes"), (NOT_BEHIND, level, "yes"), (NOT_BEHIND, [-2.9, -3.1, -2.0], "not shown"),
+    ):  # fmt: skip
+        claim = Claim("claim", "one", "other", kind)
+        assert outcome(claim, differences, p_value(claim, differences)) == expected
+
+    f1 = {"random10": 0.80, "bis10": 0.85, "full": 0.85, "zero-shot": 0.5, "true10": 0.801}
+    noise = {"bis10": (0.001, -0.001, 0.002), "true10": (0.011, -0.007, 0.004)}
+    runs = [{"world": "standard", "arm": arm, "seed": seed, "macro_f1_step_weighted": value + noise.get(arm, (0, 0, 0))[seed],
+             "auc": value} for arm, value in f1.items() for seed in range(3)]  # fmt: skip
+    runs[6]["macro_f1_step_weighted"] += 0.001  # full against zero-shot must have a spread
+    found = answers(Study({"arms": dict.fromkeys(f1), "runs": runs}))
+    assert [found[claim][2] for claim in PRIMARY] == ["yes", "yes"]
+    by_words = {claim.words: found[claim] for claim in SECONDARY}
+    lift = by_words["training on Monte Carlo labels lifts the base"]
+    assert lift[2] == "yes" and lift[1] == pytest.approx(2 * p_value(SECONDARY[0], lift[0]))  # Holm: two were run
+    assert by_words["true labels are better, the same random 10%"][2] == "not shown"
+    assert by_words["BIS-25% beats random-25%"][1:] == (None, "not run")
 
 
 @pytest.mark.skipif(not (FOLDER / "results.json").is_file(), reason="no kept run")
@@ -115,3 +176,5 @@ def test_the_kept_report_is_that_of_the_kept_runs(study, tmp_path, capsys):
     (tmp_path / "results.json").write_bytes((FOLDER / "results.json").read_bytes())
     write_report(tmp_path)
     assert (tmp_path / "table.md").read_text() == (FOLDER / "table.md").read_text()
+    kept = json.loads((FOLDER / "results.json").read_text())
+    assert kept["plan_sha256"] == hashlib.sha256((FOLDER / "plan.md").read_bytes()).hexdigest()

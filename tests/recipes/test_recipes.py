@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from trl_mprm import ProcessRewardTrainer
 from trl_mprm.cli import main
 from trl_mprm.demo.corpus import write_corpus
 from trl_mprm.demo.settings import DEMO
 from trl_mprm.evaluation.published_results import TABLES
+from trl_mprm.models.anatomy import decoder_linears
 from trl_mprm.plotting import save_light_and_dark
 
 
@@ -143,3 +146,24 @@ def test_the_picture_of_the_concepts_shows_what_the_page_works_out(tmp_path):
     assert len(rollouts) == 200 and all(0 <= score <= 1 for scores in rollouts for score in scores)
     paths = save_light_and_dark(lambda figure: concepts["draw"](figure, rollouts), tmp_path / "concepts.png")
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_memory_of_the_recipe_in_the_readme_is_counted():
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}  # fmt: skip
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    adapted = re.compile(decoder_linears(model))
+    decoder = [module for name, module in model.named_modules() if adapted.fullmatch(name)]
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(8.29e9, rel=1e-3)  # what the checkpoint has
+    in_4_bit = sum(layer.weight.numel() for layer in decoder)
+    others = sum(p.numel() for p in model.parameters()) - in_4_bit
+    # NF4: half a byte, a scale of 8 bits per 64 weights, and of these a float32 per 256. The rest is bfloat16.
+    weights = in_4_bit * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + others * 2
+    adapter = 16 * sum(layer.in_features + layer.out_features for layer in decoder) + text["hidden_size"]
+    trained = adapter * 4 * 4  # float32: weight, gradient, two states of AdamW
+    readme = (RECIPES.parent / "README.md").read_text()
+    words = "Memory by count: {:.1f} GB, of which weights {:.1f} and what is trained {:.1f}"
+    assert words.format((weights + trained) / 1e9, weights / 1e9, trained / 1e9) in readme
