@@ -86,7 +86,7 @@ def test_card_shows_what_the_selection_changed(folder):
     (all_mixed, kept_mixed), valid = selection["mixed_share"], selection["valid"]
     assert f"| rollouts | {valid} | 4 |" in card and valid == 8
     assert f"| mixed rollouts (good and bad steps) | {100 * all_mixed:.1f}% | {100 * kept_mixed:.1f}% |" in card
-    assert "| mean Monte Carlo score of a step | {:.3f} | {:.3f} |".format(*selection["mean_mc"]) in card
+    assert "| mean Monte Carlo score per step | {:.3f} | {:.3f} |".format(*selection["mean_mc"]) in card
     before, after = selection["sources"]["a"]["mixed_share"]
     assert f"| a | 4 | 0 | 4 | 2 | {100 * before:.1f}% | {100 * after:.1f}% | " in card
 

@@ -37,7 +37,7 @@ PUBLISHED_BENCHMARKS = {
 SELECTION_ROWS = (
     ("mixed rollouts (good and bad steps)", "mixed_share"),
     ("steps in error (Monte Carlo score 0)", "error_step_share"),
-    ("mean Monte Carlo score of a step", "mean_mc"),
+    ("mean Monte Carlo score per step", "mean_mc"),
 )
 
 # Further entries of a card about a benchmark.

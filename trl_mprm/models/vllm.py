@@ -27,7 +27,7 @@ def why_not_in_vllm(
         )
     if step_format.messages is not None:
         return (
-            "this published layout spreads question and steps over turns of its own, which no chat template writes from "
+            "this published layout puts each step into a turn of its own, which no chat template makes from "
             "a question and its steps: serve it with `trl-mprm serve`"
         )
     if type(model).__name__ not in SERVED:
