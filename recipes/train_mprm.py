@@ -7,8 +7,10 @@ Select the 10% of the rollouts worth training on, train a multimodal process rew
     python recipes/train_mprm.py \
         --dataset_name OpenGVLab/VisualPRM400K-v1.1-Raw --image_root data/VisualPRM400K-v1.1-Raw \
         --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --dtype bfloat16 --bf16 --gradient_checkpointing \
-        --use_peft --load_in_4bit --per_device_train_batch_size 2 --gradient_accumulation_steps 256 \
-        --learning_rate 1e-4 --output_dir qwen2.5-vl-7b-mprm-bis10 --push_to_hub
+        --use_peft --lora_r 16 --lora_alpha 32 --load_in_4bit --use_bnb_nested_quant --save_steps 25 \
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 256 --learning_rate 1e-4 \
+        --processor_kwargs '{"min_pixels": 784, "max_pixels": 200704}' \
+        --output_dir qwen2.5-vl-7b-mprm-bis10-qlora --push_to_hub
 
 Without --use_peft and --load_in_4bit all weights but the vision encoder's are trained, as in the paper (learning rate
 1e-5, global batch 512).
