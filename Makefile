@@ -14,8 +14,8 @@ demo: install
 study: install
 	$(BIN)/python recipes/study/study.py
 
-# make model_cards     the cards of the demo's first seed, copied and rendered again
-SEED ?= 31
+# make model_cards     the cards of one seed of the demo, copied and rendered again
+SEED ?= 33
 model_cards: install
 	@ls runs/demo/seed-$(SEED)/*/model_card.json > /dev/null
 	rm -f model_cards/miniature-mprm-*
