@@ -86,7 +86,7 @@ def train(rows, folder: Path, seed: int) -> ProcessRewardModel:
     torch.manual_seed(seed)
     args = ProcessRewardConfig(
         output_dir=str(folder),
-        learning_rate=DEMO.learning_rate,
+        learning_rate=DEMO.full_learning_rate,
         per_device_train_batch_size=DEMO.batch_size,
         num_train_epochs=1,
         logging_steps=50,
