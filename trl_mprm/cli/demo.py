@@ -27,7 +27,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="one seed and a smaller corpus, to see that it runs; the figures are no evidence",
     )
-    command.add_argument("--full", action="store_true", help="train all weights instead of adapters on a base in 4 bits")
+    command.add_argument(
+        "--full", action="store_true", help="train all weights instead of adapters on a base in 4 bits"
+    )
 
 
 def demo(args: argparse.Namespace) -> int:
