@@ -268,8 +268,18 @@ def test_kept_cards_are_renderings_of_their_records(record):
 
 def test_a_name_of_a_source_cannot_break_the_table_of_a_card():
     record = read_record(KEPT / "miniature-mprm-bis10.json")
-    record["selection"]["sources"] = {"a\\|b\r\n\n# c": record["selection"]["sources"]["sum"]}
-    assert "\n| a&#92;&#124;b # c | 5152 |" in str(render_card(record))
+    source = record["selection"]["sources"]["sum"]
+    record["selection"]["sources"] = {"a\\|b\r\n\n# c": source}
+    assert f"\n| a&#92;&#124;b # c | {source['read']} |" in str(render_card(record))
+
+
+def test_the_tables_of_a_card_are_whole():
+    card = (KEPT / "miniature-mprm-bis10.md").read_text()
+    table = card[card.index("| what the selection changes") :].split("\n\n")[0]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| rollouts", "| mixed rollouts (good and bad steps)", "| steps in error (Monte Carlo score 0)",
+        "| mean Monte Carlo score per step",
+    ]  # fmt: skip
 
 
 def test_every_kept_card_has_a_record():
