@@ -320,6 +320,21 @@ def read_records(output_dir: Path) -> dict[str, Any]:
             "arms": {name: asdict(arm) for name, arm in ARMS.items()}, "corpora": statistics, "runs": records}  # fmt: skip
 
 
+def take_records(results: Path, output_dir: Path) -> dict[str, dict]:
+    """
+    The records of an earlier run by the same plan, as its report keeps them. Returns the statistics of its corpora.
+
+    Raises:
+        `ValueError`: the earlier run was made by another plan.
+    """
+    earlier = json.loads(results.read_text(encoding="utf-8"))
+    if earlier["plan_sha256"] != hashlib.sha256(PLAN.read_bytes()).hexdigest():
+        raise ValueError(f"{results} was made by another plan than {PLAN}: its runs cannot go on from there")
+    for run in earlier["runs"]:
+        write_json(run, record_path(output_dir, (run["world"], run["arm"], run["seed"])))
+    return earlier["corpora"]
+
+
 def check_plan(output_dir: Path) -> None:
     """Raise `ValueError` if the runs in a folder were made by another plan; remember this one in a new folder."""
     kept, mine = output_dir / "plan.md", PLAN.read_text(encoding="utf-8")
@@ -334,10 +349,13 @@ def check_plan(output_dir: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of all runs and of the report")
+    parser.add_argument("--take", type=Path, help="results.json of an earlier run: what it has is not run again")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     arguments = parser.parse_args()
     check_plan(arguments.output)
+    corpora = take_records(arguments.take, arguments.output) if arguments.take else {}
     if not arguments.report:
         run_all(arguments.output, plan())
-    write_json(read_records(arguments.output), arguments.output / "results.json")
+    results = read_records(arguments.output)
+    write_json(results | {"corpora": corpora | results["corpora"]}, arguments.output / "results.json")
     write_report(arguments.output)

@@ -82,6 +82,13 @@ def test_runs_and_goes_on_where_it_stopped(study, tmp_path, capfd):
     assert again | {"seconds": 0} == before | {"seconds": 0}
 
     study.write_json(study.read_records(tmp_path), tmp_path / "results.json")
+    corpora = study.take_records(tmp_path / "results.json", tmp_path / "taken")
+    assert corpora == study.read_records(tmp_path)["corpora"] and "standard-1" in corpora
+    assert {path.name for path in (tmp_path / "taken" / "records").iterdir()} == records.keys()
+    kept = json.loads((tmp_path / "results.json").read_text())
+    study.write_json(kept | {"plan_sha256": "0"}, tmp_path / "other.json")
+    with pytest.raises(ValueError, match="made by another plan"):
+        study.take_records(tmp_path / "other.json", tmp_path / "taken")
     write_report(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {
         f"{name}{mode}.png" for name in ("primary", "claims", "fractions") for mode in ("", "-dark")
