@@ -46,7 +46,7 @@ if __name__ == "__main__":
     trainer = ProcessRewardTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=scored.filter(best),
+        train_dataset=scored.filter(best, batched=True),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         selection=best.report | {"alpha": script_args.alpha},

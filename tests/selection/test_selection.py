@@ -293,6 +293,16 @@ def test_the_predicate_filters_datasets_in_every_form(tmp_path):
         assert tuple(row["rollout_id"] for row in scored.with_format(None).filter(best)) == best.kept
 
 
+def test_a_batched_filter_opens_no_picture(tmp_path, monkeypatch):
+    path = {"path": str(tmp_path / "missing.png"), "bytes": None}
+    data = dataset([("a", [0.5, 0.0])] * 40).add_column("images", [[path]] * 40)
+    data = data.cast_column("images", List(Image())).map(add_bis, batched=True)
+    best = top_fraction(data, 0.1)
+    assert len(data.filter(best, batched=True)) == 4
+    with pytest.raises(FileNotFoundError):
+        data.filter(best)
+
+
 def test_shards_give_the_whole_with_hashed_ties():
     data = dataset([("a", [0.5, 0.0])] * 40 + [("b", [1.0])] * 40)
     shards = [data.shard(4, index) for index in (2, 0, 3, 1)]

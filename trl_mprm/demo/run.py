@@ -121,6 +121,7 @@ def run_demo(
 def start_worker(log: Path) -> None:
     """One thread, and all bars and logs of a worker into one file."""
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -189,13 +190,13 @@ def select_rows(
         return scored, None
     if subset == "bis10":
         keep = top_fraction(scored, settings.fraction, by="source")
-        return scored.filter(keep), keep.report | {"alpha": settings.alpha}
+        return scored.filter(keep, batched=True), keep.report | {"alpha": settings.alpha}
     fraction = 0.25 if subset == "random25" else settings.fraction
     selection = select(scored, rule="random", fraction=fraction, seed=seed)
     if subset.startswith("random"):
-        return scored.filter(selection), selection.report
+        return scored.filter(selection, batched=True), selection.report
     # The same rows with true labels: what the label noise costs.
-    rows = scored if subset == "true-full" else scored.filter(selection)
+    rows = scored if subset == "true-full" else scored.filter(selection, batched=True)
     truth = json.loads((folder / "corpus" / "true_labels.json").read_text(encoding="utf-8"))
     labels = [[-100.0 if v < 0 else float(v) for v in truth[name]] for name in rows["rollout_id"]]
     return rows.remove_columns("labels").add_column("labels", labels), None

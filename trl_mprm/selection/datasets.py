@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Selection:
     """
     The rollouts that a rule kept. Called with a row, a batch or an Arrow table, it says which rows are kept, as in
-    `dataset.filter(selection)`. It is picklable and has the same fingerprint in every process.
+    `dataset.filter(selection, batched=True)`. It is picklable and has the same fingerprint in every process.
 
     Attributes:
         kept (`tuple[str]`): `rollout_id` of the kept rollouts, in file order.
@@ -88,8 +88,8 @@ def top_fraction(
             Seed of the hash.
 
     Returns:
-        [`Selection`]: A predicate for `.filter`, with `.report`. For the formats arrow and polars pass `batched=True`,
-        because `datasets` does not filter them row by row.
+        [`Selection`]: A predicate for `.filter(..., batched=True)`, with `.report`. Row by row it works too, but then
+        `datasets` decodes every picture of the corpus, and does not filter the formats arrow and polars.
 
     Examples:
     ```python
