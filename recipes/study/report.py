@@ -85,6 +85,13 @@ SECONDARY = (
     Claim("alpha 0.5 differs from 0.2", "bis10-alpha0.5", "bis10", DIFFERENT),
 )  # fmt: skip
 
+EXPLORATORY = (
+    Claim("three epochs each: BIS-10% beats random-10%", "bis10-3-epochs", "random10-3-epochs"),
+    Claim("three epochs differ from one, random 10%", "random10-3-epochs", "random10", DIFFERENT),
+    Claim("three epochs differ from one, BIS-10%", "bis10-3-epochs", "bis10", DIFFERENT),
+    Claim("BIS-10% for three epochs is as good as all rollouts", "bis10-3-epochs", "full", EQUAL),
+)
+
 
 class Study:
     """The runs of a study, by world, arm and seed."""
@@ -143,12 +150,13 @@ def paper_difference(claim: Claim, backbone: str) -> float | None:
 
 
 def answers(study: Study) -> dict[Claim, tuple[list[float], float | None, str]]:
-    """Claim -> differences, p-value (Holm's for the secondary ones; `None`: fewer than two seeds), and what it comes to."""
+    """Claim -> differences, p-value (Holm's but for the primary ones; `None`: fewer than two seeds), what it comes to."""
     found: dict[Claim, tuple[list[float], float | None, str]] = {}
-    raw = {claim: study.differences(claim) for claim in (*PRIMARY, *SECONDARY)}
+    raw = {claim: study.differences(claim) for claim in (*PRIMARY, *SECONDARY, *EXPLORATORY)}
     run = {claim: p_value(claim, raw[claim]) for claim in raw if len(raw[claim]) > 1}
-    words = {claim.words: run[claim] for claim in SECONDARY if claim in run}
-    corrected = {**holm(words), **{claim.words: run[claim] for claim in PRIMARY if claim in run}}
+    corrected = {claim.words: run[claim] for claim in PRIMARY if claim in run}
+    for family in (SECONDARY, EXPLORATORY):
+        corrected |= holm({claim.words: run[claim] for claim in family if claim in run})
     for claim, differences in raw.items():
         p = corrected.get(claim.words)
         found[claim] = differences, p, "not run" if p is None else outcome(claim, differences, p)
@@ -189,6 +197,8 @@ def markdown(study: Study) -> str:
     parts = (
         ("## Primary questions", claim_rows(study, PRIMARY), [*head, "answer"]),
         ("## Secondary claims and controls, p with Holm's correction", claim_rows(study, SECONDARY), [*head, "answer"]),
+        ("## Exploratory, added when the answers above were known, p with Holm's correction among these",
+         claim_rows(study, EXPLORATORY), [*head, "answer"]),
         ("## Every arm", arm_rows(study),
          ["arm", "seeds", "rollouts", "mixed", "negative steps", "wrong but positive", "F1", "95% interval", "AUC",
           *(f"paper, {backbone}" for backbone in BACKBONES)]),
@@ -236,7 +246,7 @@ def draw_primary(study: Study, path: Path) -> None:
 def draw_claims(study: Study, path: Path) -> None:
     """Every claim: our differences with intervals, and the paper's on a scale of their own."""
     found = answers(study)
-    shown = [claim for claim in (*PRIMARY, *SECONDARY) if found[claim][2] != "not run"]
+    shown = [claim for claim in (*PRIMARY, *SECONDARY, *EXPLORATORY) if found[claim][2] != "not run"]
 
     def draw(figure: Figure) -> None:
         ours, theirs = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)

@@ -27,21 +27,24 @@ def study():
 def test_plan_names_every_arm_and_its_seeds(study):
     runs = [(world, arm, seed) for world, arms, seed in study.plan() for arm in arms]
     assert len(runs) == len(set(runs)) and len(study.SEEDS) >= 12
-    expected = {("standard", arm, seed) for arm in study.PRIMARY for seed in study.SEEDS}
-    expected |= {("standard", arm, seed) for arm in study.ARMS.keys() - study.PRIMARY.keys() for seed in study.FEWER}
+    expected = {("standard", arm, seed) for arm in (*study.PRIMARY, *study.EXPLORATORY) for seed in study.SEEDS}
+    every_seed = study.PRIMARY | study.EXPLORATORY
+    expected |= {("standard", arm, seed) for arm in study.ARMS.keys() - every_seed.keys() for seed in study.FEWER}
     expected |= {(world, arm, seed) for world in study.WORLDS[1:] for arm in study.ROBUSTNESS for seed in study.FEWER}
     assert set(runs) == expected
-    first = [arms for _, arms, _ in study.plan()[: len(study.SEEDS)]]
-    assert first == [tuple(study.PRIMARY)] * len(study.SEEDS)  # what matters most comes first
+    blocks = [arms for _, arms, _ in study.plan()]
+    assert blocks[: len(study.SEEDS)] == [tuple(study.PRIMARY)] * len(study.SEEDS)  # what matters most comes first
+    assert blocks[-len(study.SEEDS) :] == [tuple(study.EXPLORATORY)] * len(study.SEEDS)  # and what is not planned last
 
 
 def test_every_claim_is_about_runs_of_the_plan(study):
-    from report import PRIMARY, SECONDARY
+    from report import EXPLORATORY, PRIMARY, SECONDARY
 
     runs = {(world, arm) for world, arms, _ in study.plan() for arm in arms}
-    for claim in (*PRIMARY, *SECONDARY):
+    claims = (*PRIMARY, *SECONDARY, *EXPLORATORY)
+    for claim in claims:
         assert {(claim.world, claim.one), (claim.world, claim.other)} <= runs
-    assert len({claim.words for claim in SECONDARY}) == len(SECONDARY)
+    assert len({claim.words for claim in claims}) == len(claims)
     text = study.PLAN.read_text()
     assert (
         f"Seeds {study.SEEDS[0]} to {study.SEEDS[-1]}" in text
