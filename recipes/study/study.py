@@ -140,27 +140,26 @@ def plan() -> list[tuple[str, tuple[str, ...], int]]:
 
 
 def build_world(folder: Path, settings: Settings, seed: int) -> None:
-    """Corpus, validation split and benchmark of one world and seed; statistics last, so they say that all is there."""
+    """Corpus and benchmark of one world and seed; statistics last, so they say that all is there."""
     if not (folder / "statistics.json").is_file():
         write_json(make_world(folder, settings, seed), folder / "statistics.json")
 
 
 @lru_cache(maxsize=1)  # tasks of one world and seed follow each other
-def load_world(folder: Path) -> tuple[Dataset, Dataset, dict[str, list[int]], dict]:
-    """Rollouts of the corpus and of the validation split, true labels by rollout, and what `RenderedOnce` remembers."""
-    rows, validation = (load_part(folder / part) for part in ("corpus", "validation"))
-    return rows, validation, json.loads((folder / "corpus" / "true_labels.json").read_text(encoding="utf-8")), {}
-
-
-def load_part(folder: Path) -> Dataset:
-    """Rollouts, each with the share of its question's continuations that are right (`self_confidence`)."""
-    rows = load_rollouts(folder / "annotations", image_root=folder)
+def load_world(folder: Path) -> tuple[Dataset, dict[str, list[int]], dict]:
+    """
+    Rollouts of the corpus, each with the share of its question's continuations that are right (`self_confidence`), true
+    labels by rollout, and what `RenderedOnce` remembers.
+    """
+    corpus = folder / "corpus"
+    rows = load_rollouts(corpus / "annotations", image_root=corpus)
     solved: dict[tuple[str, str], list[float]] = {}
     keys = list(zip(rows["source"], rows["prompt"], strict=True))
     for key, scores in zip(keys, rows["mc_scores"], strict=True):
         solved.setdefault(key, []).append(scores[0])  # the first step only restates the question
     rows = rows.add_column("self_confidence", [float(np.mean(solved[key])) for key in keys])
-    return rows.cast_column("images", List(Image(decode=False)))
+    rows = rows.cast_column("images", List(Image(decode=False)))
+    return rows, json.loads((corpus / "true_labels.json").read_text(encoding="utf-8")), {}
 
 
 class RenderedOnce(DataCollatorForProcessReward):
@@ -183,7 +182,7 @@ class RenderedOnce(DataCollatorForProcessReward):
 
 def rows_of(arm: Arm, seed: int, folder: Path) -> tuple[Dataset, dict, dict[str, Any]]:
     """Training rows of an arm, the report of their selection, and the settings of its training."""
-    scored, _, truth, _ = load_world(folder)
+    scored, truth, _ = load_world(folder)
     if not arm.answer_step:
         scored = scored.map(without_answer)
     kept = select(scored, arm.rule, fraction=arm.fraction, alpha=arm.alpha, ties=arm.ties, seed=seed)
@@ -258,13 +257,13 @@ def run(output_dir: Path, settings: Settings, world: str, arm_name: str, seed: i
         prm = load_zero_shot(str(BASE_MODEL))
     else:
         rows, report, config = rows_of(arm, seed, folder)
-        _, validation, truth, remembered = load_world(folder)
+        _, truth, remembered = load_world(folder)
         result |= {"rollouts": len(rows)}
         result |= subset_figures(rows["mc_scores"], [truth[rollout] for rollout in rows["rollout_id"]])
         with TemporaryDirectory() as scratch:
             trainer = make_trainer(
-                rows, validation, report, Path(scratch), settings_of(world, settings), seed, arm.full_fine_tuning,
-                disable_tqdm=True, **config,
+                rows, report, Path(scratch), settings_of(world, settings), seed, arm.full_fine_tuning, disable_tqdm=True,
+                **config,
             )  # fmt: skip
             if arm.answer_step:  # what is remembered of a rollout has one
                 collator = trainer.data_collator

@@ -30,7 +30,6 @@ from trl_mprm.demo.world import (
 TINY = replace(
     DEMO,
     problems=60,
-    validation_problems=10,
     benchmark_problems=20,
     seeds={"zero-shot": (1, 2), "random10": (1, 2), "bis10": (1, 2), "full": (1,), "true10": (1,)},
 )
@@ -282,7 +281,7 @@ def test_demo_trains_all_weights(tmp_path):
 def test_adapter_of_the_demo_trains_decoder_projector_and_marker(tmp_path):
     write_corpus(tmp_path / "corpus", 10, DEMO.policy, np.random.default_rng(3), options=DEMO.options)
     rows = load_rollouts(tmp_path / "corpus" / "annotations", image_root=tmp_path / "corpus")
-    trainer = make_trainer(rows, rows, None, tmp_path / "out", DEMO, seed=1)
+    trainer = make_trainer(rows, None, tmp_path / "out", DEMO, seed=1)
     trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
     kinds = {"lora_": 0, "visual.merger": 0, "trainable_tokens": 0}
     for name in trained:

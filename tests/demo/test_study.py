@@ -12,7 +12,7 @@ from trl_mprm.demo.settings import DEMO
 
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "study"
-TINY = replace(DEMO, problems=60, validation_problems=10, benchmark_problems=20)
+TINY = replace(DEMO, problems=60, benchmark_problems=20)
 
 
 @pytest.fixture(scope="module")

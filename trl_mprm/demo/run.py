@@ -128,17 +128,14 @@ def start_worker(log: Path) -> None:
 
 
 def make_world(folder: Path, settings: Settings, seed: int) -> dict:
-    """Write the corpus, a validation split made the same way, and the benchmark; three streams of one seed."""
-    streams = [np.random.default_rng([seed, stream]) for stream in range(3)]
+    """Write the corpus and the benchmark, from two streams of one seed."""
+    rng, rng_benchmark = (np.random.default_rng([seed, stream]) for stream in (0, 2))  # of three, once
     noise: dict[str, Any] = {"options": settings.options, "wrong_reference": settings.wrong_reference}
     mc: dict[str, Any] = {"rollouts": settings.rollouts, "num_mc": settings.num_mc}
     return {
-        "train": write_corpus(folder / "corpus", settings.problems, settings.policy, streams[0], **mc, **noise),
-        "validation": write_corpus(
-            folder / "validation", settings.validation_problems, settings.policy, streams[1], **mc, **noise
-        ),
+        "train": write_corpus(folder / "corpus", settings.problems, settings.policy, rng, **mc, **noise),
         "benchmark": write_benchmark(
-            folder / "benchmark", settings.benchmark_problems, settings.benchmark_policies, streams[2],
+            folder / "benchmark", settings.benchmark_problems, settings.benchmark_policies, rng_benchmark,
             options=settings.options,
         ),
     }  # fmt: skip
@@ -154,14 +151,12 @@ def run_subset(output_dir: Path, settings: Settings, subset: str, seed: int, ful
     print(f"seed {seed}: {subset}", flush=True)
     folder = output_dir / f"seed-{seed}"
     rows, selection = select_rows(subset, load_scored(folder, settings), folder, settings, seed)
-    validation = load_rollouts(folder / "validation" / "annotations", image_root=folder / "validation")
     started, steps = time.time(), 0
     if rows is None:
         prm = load_zero_shot(str(BASE_MODEL))
     else:
-        trainer = make_trainer(rows, validation, selection, folder / subset, settings, seed, full)
+        trainer = make_trainer(rows, selection, folder / subset, settings, seed, full)
         trainer.train()
-        trainer.evaluate()
         trainer.save_model()
         prm, steps = load_prm(folder / subset, full), trainer.state.global_step
     seconds = time.time() - started
@@ -203,8 +198,8 @@ def select_rows(
 
 
 def make_trainer(
-    rows: Dataset, validation: Dataset, selection: dict | None, output_dir: Path, settings: Settings, seed: int,
-    full: bool = False, **config: Any,
+    rows: Dataset, selection: dict | None, output_dir: Path, settings: Settings, seed: int, full: bool = False,
+    **config: Any,
 ) -> ProcessRewardTrainer:  # fmt: skip
     """
     The trainer of one process reward model: the same recipe for every subset, but for `config`.
@@ -219,7 +214,6 @@ def make_trainer(
             output_dir=str(output_dir),
             hub_model_id=f"miniature-mprm-{output_dir.name}",  # the name on the card
             per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=64,
             learning_rate=settings.full_learning_rate if full else settings.learning_rate,
             seed=seed,
             save_strategy="no",
@@ -229,7 +223,6 @@ def make_trainer(
             **config,
         ),
         train_dataset=rows,
-        eval_dataset=validation,
         peft_config=None if full else lora,
         quantization_config=None if full else nf4(),
         selection=selection,

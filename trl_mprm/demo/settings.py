@@ -105,7 +105,6 @@ class Settings:
     problems: int = 3000
     rollouts: int = 4
     num_mc: int = 16
-    validation_problems: int = 150
 
     # The benchmark's policies slip more: about 30% of its steps are wrong, as in VisualProcessBench.
     benchmark_policies: dict[str, Policy] = field(
