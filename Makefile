@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo study model_cards test test-lowest lint install
 
-# make demo            the main job on the embedded default, about eleven minutes on two cores: QLoRA
+# make demo            the main job on the embedded default, about nine minutes on two cores: QLoRA
 # make demo QUICK=1    smaller, one seed, about two minutes
 # make demo FULL=1     all weights instead of adapters on a base in 4 bit
 demo: install
