@@ -769,7 +769,8 @@ def test_a_worker_that_still_writes_when_the_disk_is_full(large, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_ctrl_c_is_one_line(large, tmp_path):
+@pytest.mark.parametrize("workers_first", [False, True])
+def test_ctrl_c_is_one_line(large, tmp_path, workers_first):
     argv = ["select", str(large[0]), "--fraction", "0.9", "--output", str(tmp_path / "out")]
     slow = FULL_DISK.replace("shard.index == 0", "False").replace("+ 1,", "+ 60,")  # workers that are at it
     run = subprocess.Popen(
@@ -777,7 +778,13 @@ def test_ctrl_c_is_one_line(large, tmp_path):
     )
     while run.poll() is None and not list(tmp_path.glob("out/.select.*.part/*.more")):
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGINT)
+    if workers_first:  # the terminal reaches all of them, in any order
+        for worker in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+            os.kill(int(worker), signal.SIGINT)
+        time.sleep(0.1)  # the parent notices
+        os.kill(run.pid, signal.SIGINT)
+    else:
+        os.killpg(run.pid, signal.SIGINT)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 130 and errors.splitlines()[1:] == ["error: interrupted"]  # the first one: rows refused
     assert not list((tmp_path / "out").iterdir())

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -88,6 +89,7 @@ class LocalRun:
         try:
             yield from self.pool.map(function, *columns)
         except BrokenProcessPool as error:
+            time.sleep(1)  # Ctrl-C kills the workers and may reach them first: here the parent gets its own
             raise OSError("a worker process was killed, perhaps for want of memory: run again") from error
         except BaseException:
             # The other workers are still writing: they end before the folder that they write to is deleted
