@@ -5,8 +5,10 @@ Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make st
 run that is stopped goes on where it was when the command is given again.
 
 `plan.md`, beside this file, says what is measured, on which seeds and by which criteria. It was frozen before the first
-run; `results.json` carries its hash. The arms of `EXPLORATORY` were added when its answers were known. A run is an arm (which rows, which labels, how trained) in a world (the noise) with a
-seed, which draws data, benchmark, selection, order and fresh weights:
+run; `results.json` carries its hash. The arms of `EXPLORATORY` were added when its answers were known.
+
+A run is an arm (which rows, which labels, how trained) in a world (the noise) with a seed, which draws data, benchmark,
+selection, order and fresh weights:
 
     {"world": "standard", "arm": "bis10", "seed": 501, "rollouts": 1196, "macro_f1_step_weighted": 0.887, "auc": 0.924, ...}
 

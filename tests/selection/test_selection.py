@@ -293,7 +293,7 @@ def test_the_predicate_filters_datasets_in_every_form(tmp_path):
         assert tuple(row["rollout_id"] for row in scored.with_format(None).filter(best)) == best.kept
 
 
-def test_a_batched_filter_opens_no_picture(tmp_path, monkeypatch):
+def test_a_batched_filter_opens_no_picture(tmp_path):
     path = {"path": str(tmp_path / "missing.png"), "bytes": None}
     data = dataset([("a", [0.5, 0.0])] * 40).add_column("images", [[path]] * 40)
     data = data.cast_column("images", List(Image())).map(add_bis, batched=True)
