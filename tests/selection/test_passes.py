@@ -773,8 +773,9 @@ def test_a_worker_that_still_writes_when_the_disk_is_full(large, tmp_path):
 def test_ctrl_c_is_one_line(large, tmp_path, workers_first):
     argv = ["select", str(large[0]), "--fraction", "0.9", "--output", str(tmp_path / "out")]
     slow = FULL_DISK.replace("shard.index == 0", "False").replace("+ 1,", "+ 60,")  # workers that are at it
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job of `&` ignores it
     run = subprocess.Popen(
-        [sys.executable, "-c", slow, *argv], stderr=subprocess.PIPE, start_new_session=True, text=True
+        [sys.executable, "-c", heard + slow, *argv], stderr=subprocess.PIPE, start_new_session=True, text=True
     )
     while run.poll() is None and not list(tmp_path.glob("out/.select.*.part/*.more")):
         time.sleep(0.01)
