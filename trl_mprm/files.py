@@ -1,10 +1,13 @@
 """Write outputs that appear under their final name only when they are complete."""
 
+import fcntl
 import json
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -40,3 +43,36 @@ def write_json(value: object, path: str | os.PathLike) -> None:
     """Write `value` as indented JSON to `path`, whole or not at all. NaN is refused, since JSON has none."""
     with atomic_output(path) as part:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def work_folder(folder: Path, name: str) -> Iterator[Path]:
+    """
+    Yield a hidden folder `.{name}.*.part` in `folder` for an output in the making, deleted at the end.
+
+    It is locked while this process lives; an unlocked one was left by a killed run and is deleted here.
+    """
+    for left in folder.glob(f".{name}.*.part"):
+        with (
+            suppress(OSError),
+            _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB),
+        ):  # in use, gone, or no locks here: leave it
+            shutil.rmtree(left)
+    with ExitStack() as stack:
+        while True:
+            made = Path(stack.enter_context(tempfile.TemporaryDirectory(".part", f".{name}.", folder)))
+            with suppress(OSError):
+                stack.enter_context(_locked(made, fcntl.LOCK_EX))
+            if made.exists():  # else another process took it for a left one before it was locked
+                break
+        yield made
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)

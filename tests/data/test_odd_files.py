@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import tempfile
 
 import datasets
 import numpy as np
@@ -159,6 +160,23 @@ def test_what_a_killed_run_left_is_removed_and_what_is_in_use_is_not(tmp_path):
 
     _write_arrow(while_another_reads())
     assert not list(folder.glob("*.part")) and len(list(folder.glob("*.arrow"))) == 2
+
+
+def test_a_folder_that_another_takes_for_a_left_one_before_it_is_locked(tmp_path, monkeypatch):
+    file, folder = write_jsonl(tmp_path / "a.jsonl", ROW), tmp_path / "cache" / "trl_mprm"
+    mkdtemp, made = tempfile.mkdtemp, []
+
+    def made_while_another_starts(*args):
+        own = mkdtemp(*args)
+        made.append(own)
+        if len(made) == 1:
+            assert len(load_rollouts(file)) == 1
+            assert not os.path.exists(own)
+        return own
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made_while_another_starts)
+    assert len(load_rollouts(file)) == 1
+    assert len(made) == 3 and not list(folder.glob("*.part"))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

@@ -16,21 +16,20 @@ or a stepwise row in TRL's former format: {"prompt": "Find x.", "completions": [
 A row that cannot be used is refused, with one named reason.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, Image, IterableDataset, List, Value
 
+from ..files import work_folder
 from .hub import is_hub_id
 from .reading import Tally, came_without_images, describe_refusals, read_rollouts
 from .shards import Paths, SplitFiles, plan_shards
@@ -195,38 +194,22 @@ def _write_arrow(rows: Iterable[dict]) -> tuple[Path, int]:
     """Write rows to an Arrow file in the cache of `datasets`, named by its content; return its path and their number."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_mprm"
     schema, n_rows = FEATURES.arrow_schema, 0
-    with _temporary_file(folder) as file:
-        with pa.ipc.new_stream(file, schema) as writer:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part = stack.enter_context(work_folder(folder, "rows")) / "rows.arrow"
+        except OSError as error:
+            raise OSError(
+                f"cannot keep the rows in {folder} ({error.strerror}): set HF_HOME to a folder that can be written"
+            ) from error
+        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for chunk in chunks(rows, 1000):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
                 n_rows += len(chunk)
-        file.seek(0)
-        path = folder / f"{hashlib.file_digest(file, 'blake2b').hexdigest()[:32]}.arrow"
-        Path(file.name).replace(path)
+        with open(part, "rb") as file:
+            path = folder / f"{hashlib.file_digest(file, 'blake2b').hexdigest()[:32]}.arrow"
+        part.replace(path)
     return path, n_rows
-
-
-@contextmanager
-def _temporary_file(folder: Path) -> Iterator[BinaryIO]:
-    """A file that is deleted at the end unless it was renamed, locked while this process lives; unlocked ones are removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f"{uuid.uuid4().hex}.part", "xb+")
-    except OSError as error:
-        raise OSError(
-            f"cannot keep the rows in {folder} ({error.strerror}): set HF_HOME to a folder that can be written"
-        ) from error
-    with file:
-        with suppress(OSError):  # a file system without locks, where nothing is removed either
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for left in set(folder.glob("*.part")) - {Path(file.name)}:
-            with suppress(OSError), open(left, "rb") as other:  # in use, or gone
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
-        try:
-            yield file
-        finally:
-            Path(file.name).unlink(missing_ok=True)
 
 
 def chunks(rows: Iterable, size: int) -> Iterator[list]:

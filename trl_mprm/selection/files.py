@@ -1,18 +1,21 @@
 """Select from files, and write files."""
 
+import errno
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..data.shards import Paths, plan_shards
 from ..data.splits import local_inputs
+from ..files import work_folder
 from .bis import ALPHA
 from .engine import find_engine
 from .report import all_wrong_warning, build_report, describe_refused
 from .rules import CutSpec, column_to_cut_by
 from .summary import merge
 from .threshold import find_cut, settle
-from .work_folder import room_left, work_folder
 from .writer import SelectionWriter
 
 
@@ -121,7 +124,7 @@ def select_files(
         while not cut.settled:
             cut = settle(cut, run.ties(cut))
         writer.folder.mkdir(parents=True, exist_ok=True)
-        with room_left(writer.folder), work_folder(writer.folder) as parts:
+        with _room_left(writer.folder), work_folder(writer.folder, "select") as parts:
             emitted = run.emit(cut, parts)
             kept = merge(shard.summary for shard in emitted)
             report = build_report(cut, summary, kept) | {
@@ -141,3 +144,16 @@ def select_files(
             if push_to_hub is not None:
                 publish.push_to_hub(writer, push_to_hub, report, emitted, parts, license)
     return report
+
+
+@contextmanager
+def _room_left(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"{folder}: expected room for the kept rows and for a copy of them, got {error.strerror!r}: free some and "
+            "run again; no output was touched"
+        ) from error
