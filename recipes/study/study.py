@@ -4,8 +4,9 @@ The paper's 10% study in miniature, by QLoRA: which subset of Monte-Carlo-annota
 Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, at most three hours on two cores; a
 run that is stopped goes on where it was when the command is given again.
 
-`plan.md`, beside this file, says what is measured, on which seeds and by which criteria. It was frozen before the first
-run; `results.json` carries its hash. The arms of `EXPLORATORY` were added when its answers were known.
+`plan.md`, beside this file, says what is measured, on which seeds and by which criteria. The arms of `EXPLORATORY` were
+added when its answers were known; `replication.md` asks the same of new seeds. Both plans were frozen before the first of
+their runs; `results.json` carries their hashes.
 
 A run is an arm (which rows, which labels, how trained) in a world (the noise) with a seed, which draws data, benchmark,
 selection, order and fresh weights:
@@ -51,9 +52,10 @@ from trl_mprm.files import write_json
 from trl_mprm.prompting.rendering import render_rows
 
 
-PLAN = Path(__file__).with_name("plan.md")
+PLANS = tuple(Path(__file__).with_name(name) for name in ("plan.md", "replication.md"))
 SEEDS = tuple(range(501, 513))  # of the primary arms
 FEWER = SEEDS[:5]  # of the others
+NEW_SEEDS = tuple(range(601, 613))  # of the replication
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,9 @@ DEAR = {
 EXPLORATORY = {f"{name}-3-epochs": replace(PRIMARY[name], num_train_epochs=3) for name in ("random10", "bis10")}
 
 ARMS = PRIMARY | CONTROLS | QUARTER | HALF | DEAR | EXPLORATORY
-WORLDS = ("standard", "lighter noise", "heavier noise")
+WORLDS = ("standard", "lighter noise", "heavier noise", "replication")  # the last one: the standard world, new seeds
 ROBUSTNESS = ("random10", "bis10")
+REPLICATION = (*EXPLORATORY, *PRIMARY)
 
 
 def settings_of(world: str, settings: Settings) -> Settings:
@@ -127,7 +130,7 @@ def settings_of(world: str, settings: Settings) -> Settings:
 
 def plan() -> list[tuple[str, tuple[str, ...], int]]:
     """
-    World, arms and seed of every block of runs, in the order of plan.md; last what is not in it.
+    World, arms and seed of every block of runs, in the order of plan.md; then what is not in it, and the replication.
 
     The arms of a block are run one after the other in one process, which renders a rollout once for all of them.
     """
@@ -135,10 +138,11 @@ def plan() -> list[tuple[str, tuple[str, ...], int]]:
     for seeds in (FEWER[:3], FEWER[3:]):  # some seeds of everything before more seeds of anything
         blocks += [("standard", tuple(CONTROLS), seed) for seed in seeds]
         blocks += [("standard", tuple(QUARTER), seed) for seed in seeds]
-        blocks += [(world, ROBUSTNESS, seed) for seed in seeds for world in WORLDS[1:]]
+        blocks += [(world, ROBUSTNESS, seed) for seed in seeds for world in WORLDS[1:3]]
         blocks += [("standard", tuple(HALF), seed) for seed in seeds]
         blocks += [("standard", (arm,), seed) for seed in seeds for arm in DEAR]
-    return blocks + [("standard", tuple(EXPLORATORY), seed) for seed in SEEDS]
+    blocks += [("standard", tuple(EXPLORATORY), seed) for seed in SEEDS]
+    return blocks + [("replication", REPLICATION, seed) for seed in NEW_SEEDS]
 
 
 def build_world(folder: Path, settings: Settings, seed: int) -> None:
@@ -313,41 +317,48 @@ def run_all(output_dir: Path, blocks: list[tuple[str, tuple[str, ...], int]], se
                 bar.update(future.result())
 
 
+def hashes() -> dict[str, str]:
+    return {plan.name: hashlib.sha256(plan.read_bytes()).hexdigest() for plan in PLANS}
+
+
 def read_records(output_dir: Path) -> dict[str, Any]:
-    """All records, by world, arm and seed, with the hash of the plan that they were made by."""
+    """All records, by world, arm and seed, with the hashes of the plans that they were made by."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in (output_dir / "records").glob("*.json")]
     arms = list(ARMS)
     records.sort(key=lambda record: (WORLDS.index(record["world"]), arms.index(record["arm"]), record["seed"]))
     statistics = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
                   for path in sorted((output_dir / "worlds").glob("*/statistics.json"))}  # fmt: skip
-    return {"plan_sha256": hashlib.sha256(PLAN.read_bytes()).hexdigest(),
-            "arms": {name: asdict(arm) for name, arm in ARMS.items()}, "corpora": statistics, "runs": records}  # fmt: skip
+    return {"plans": hashes(), "arms": {name: asdict(arm) for name, arm in ARMS.items()},
+            "corpora": statistics, "runs": records}  # fmt: skip
 
 
 def take_records(results: Path, output_dir: Path) -> dict[str, dict]:
     """
-    The records of an earlier run by the same plan, as its report keeps them. Returns the statistics of its corpora.
+    The records of an earlier run by the same plans, as its report keeps them. Returns the statistics of its corpora.
 
     Raises:
         `ValueError`: the earlier run was made by another plan.
     """
     earlier = json.loads(results.read_text(encoding="utf-8"))
-    if earlier["plan_sha256"] != hashlib.sha256(PLAN.read_bytes()).hexdigest():
-        raise ValueError(f"{results} was made by another plan than {PLAN}: its runs cannot go on from there")
+    if not earlier["plans"].items() <= hashes().items():
+        raise ValueError(
+            f"{results} was made by another plan than those beside study.py: its runs cannot go on from there"
+        )
     for run in earlier["runs"]:
         write_json(run, record_path(output_dir, (run["world"], run["arm"], run["seed"])))
     return earlier["corpora"]
 
 
-def check_plan(output_dir: Path) -> None:
-    """Raise `ValueError` if the runs in a folder were made by another plan; remember this one in a new folder."""
-    kept, mine = output_dir / "plan.md", PLAN.read_text(encoding="utf-8")
-    if kept.is_file() and kept.read_text(encoding="utf-8") != mine:
-        raise ValueError(
-            f"{kept} differs from {PLAN}: the runs there were made by another plan, take another --output"
-        )
+def check_plans(output_dir: Path) -> None:
+    """Raise `ValueError` if the runs in a folder were made by another plan; remember these in a new folder."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    kept.write_text(mine, encoding="utf-8")
+    for plan in PLANS:
+        kept, mine = output_dir / plan.name, plan.read_text(encoding="utf-8")
+        if kept.is_file() and kept.read_text(encoding="utf-8") != mine:
+            raise ValueError(
+                f"{kept} differs from {plan}: the runs there were made by another plan, take another --output"
+            )
+        kept.write_text(mine, encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -356,7 +367,7 @@ if __name__ == "__main__":
     parser.add_argument("--take", type=Path, help="results.json of an earlier run: what it has is not run again")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     arguments = parser.parse_args()
-    check_plan(arguments.output)
+    check_plans(arguments.output)
     corpora = take_records(arguments.take, arguments.output) if arguments.take else {}
     if not arguments.report:
         run_all(arguments.output, plan())
