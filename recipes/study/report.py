@@ -9,7 +9,7 @@ In, `results.json` of the study; out, `table.md` and the pictures in the same fo
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,8 @@ PAPER_ROWS = {
 }
 ABOVE, BELOW, DIFFERENT, EQUAL, NOT_BEHIND = "above", "below", "different", "equal", "not behind"
 NON_INFERIORITY = 3.0
+ASTRAY = 80  # F1 below which a training is said to have gone astray
+DEMO_RESULTS = Path(__file__).parents[1] / "demo" / "results.json"
 
 
 @dataclass(frozen=True)
@@ -207,11 +209,40 @@ def arm_rows(study: Study) -> list[list]:
     return rows
 
 
+def steadiness_rows(study: Study) -> list[list]:
+    """How far apart the seeds of one arm lie, alone and against all rollouts, and how many trainings went astray."""
+    rows = []
+    for world in ("standard", "replication"):
+        for arm in ("full", "random10", "bis10", "random10-3-epochs", "bis10-3-epochs"):
+            values = study.values(arm, world=world)
+            behind = study.differences(Claim("", "full", arm, world=world))
+            if len(values) > 1:
+                seeds = sorted(study.by_seed(arm, world))
+                rows.append([arm, f"{seeds[0]} to {seeds[-1]}", f"{np.mean(values):.1f}", f"{np.std(values, ddof=1):.1f}",
+                             "" if arm == "full" else f"{np.std(behind, ddof=1):.1f}", f"{min(values):.1f}",
+                             sum(value < ASTRAY for value in values)])  # fmt: skip
+    return rows
+
+
+def pooled_rows(study: Study) -> list[list]:
+    """Differences over all seeds that were trained with equal settings, those of the demo among them."""
+    demo = Study({"arms": [], "runs": [run | {"world": "standard", "arm": run["subset"]}
+                                       for run in json.loads(DEMO_RESULTS.read_text(encoding="utf-8"))["runs"]]})  # fmt: skip
+    rows = []
+    for claim in REPLICATION:
+        earlier = replace(claim, world="standard")
+        both, of_demo = study.differences(earlier) + study.differences(claim), demo.differences(earlier)
+        row = [f"{claim.one} - {claim.other}", len(both), points(both)]
+        rows.append(row + ([len(both + of_demo), points(both + of_demo)] if of_demo else ["", ""]))
+    return rows
+
+
 def markdown(study: Study) -> str:
     """The report in words and figures."""
     head = ["claim", *(f"paper, {backbone}" for backbone in BACKBONES), "seeds", "ours: F1", "ours: AUC", "p"]
     parts = (
         ("## Primary questions", claim_rows(study, PRIMARY), [*head, "answer"]),
+        ("## Replication on new seeds, in a fixed sequence", claim_rows(study, REPLICATION), [*head, "answer"]),
         ("## Secondary claims and controls, p with Holm's correction", claim_rows(study, SECONDARY), [*head, "answer"]),
         ("## Exploratory, added when the answers above were known, p with Holm's correction among these",
          claim_rows(study, EXPLORATORY), [*head, "answer"]),
@@ -219,6 +250,13 @@ def markdown(study: Study) -> str:
          ["arm", "seeds", "rollouts", "mixed", "negative steps", "wrong but positive", "F1", "95% interval", "AUC",
           *(f"paper, {backbone}" for backbone in BACKBONES)]),
     )  # fmt: skip
+    if study.values("full", world="replication"):
+        parts += (
+            ("## Steadiness, F1 between seeds", steadiness_rows(study),
+             ["arm", "seeds", "mean", "SD", "SD of (full - arm)", "lowest", f"below {ASTRAY}"]),
+            ("## Pooled over seeds with equal settings, no test", pooled_rows(study),
+             ["difference", "seeds", "501 to 512 and 601 to 612", "seeds", "and the demo's"]),
+        )  # fmt: skip
     return "\n\n".join(
         f"{title}\n\n{tabulate(rows, columns, tablefmt='pipe', disable_numparse=True)}"
         for title, rows, columns in parts
@@ -234,8 +272,15 @@ def spread(axes: Axes, y: float, differences: list[float], color: str) -> None:
     axes.plot(found["mean"], y, color=color, marker="s", ms=5)
 
 
+def label(claim: Claim) -> str:
+    """What a difference is of, on two short lines."""
+    seeds = "new seeds" if claim.world == "replication" else "seeds of the plan"
+    epochs = "three epochs" if "epochs" in claim.one else "one epoch"
+    return f"BIS 10% minus {'all' if claim.other == 'full' else 'random 10%'}\n{seeds}, {epochs}"
+
+
 def draw_primary(study: Study, path: Path) -> None:
-    """F1 of the primary arms, and the two differences that the primary questions are about."""
+    """F1 of the primary arms, and the differences that the primary questions and their replication are about."""
     arms = {"zero-shot": ("untrained\nbase", "base"), "random10": ("random\n10%", "random"), "bis10": ("BIS\n10%", "bis"),
             "full": ("all\nrollouts", "full"), "true-full": ("all, true\nlabels", "true")}  # fmt: skip
 
@@ -249,11 +294,11 @@ def draw_primary(study: Study, path: Path) -> None:
         left.set(ylabel="F1 on the benchmark", title="One dot per seed; lines: mean, 95% interval")
         right.axvspan(-MARGIN, MARGIN, color="C4", alpha=0.25, lw=0)
         right.axvline(0, color="C4", lw=1, marker="")
-        for y, claim in enumerate(reversed(PRIMARY)):
-            if differences := study.differences(claim):
-                spread(right, y, differences, "C0")
-        right.set_yticks([0, 1], ["BIS 10%\nminus all", "BIS 10%\nminus\nrandom 10%"])
-        right.set_ylim(-0.5, 1.6)
+        claims = [claim for claim in (*REPLICATION[::-1], *PRIMARY[::-1]) if study.differences(claim)]
+        for y, claim in enumerate(claims):
+            spread(right, y, study.differences(claim), "C0")
+        right.set_yticks(range(len(claims)), [label(claim) for claim in claims], fontsize=8)
+        right.set_ylim(-0.5, len(claims) - 0.3)
         right.set(xlabel="points of F1 (grey: within 2 points)", title="Differences, seed by seed")
 
     save_light_and_dark(draw, path, size=(10, 3.8))
@@ -262,7 +307,7 @@ def draw_primary(study: Study, path: Path) -> None:
 def draw_claims(study: Study, path: Path) -> None:
     """Every claim: our differences with intervals, and the paper's on a scale of their own."""
     found = answers(study)
-    shown = [claim for claim in (*PRIMARY, *SECONDARY, *EXPLORATORY) if found[claim][2] != "not run"]
+    shown = [claim for family in FAMILIES for claim in family if found[claim][2] != "not run"]
 
     def draw(figure: Figure) -> None:
         ours, theirs = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)

@@ -1,6 +1,5 @@
 """The study recipe: its plan, its runs in a tiny world, its going on after a stop, and the kept report."""
 
-import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -30,33 +29,32 @@ def test_plan_names_every_arm_and_its_seeds(study):
     expected = {("standard", arm, seed) for arm in (*study.PRIMARY, *study.EXPLORATORY) for seed in study.SEEDS}
     every_seed = study.PRIMARY | study.EXPLORATORY
     expected |= {("standard", arm, seed) for arm in study.ARMS.keys() - every_seed.keys() for seed in study.FEWER}
-    expected |= {(world, arm, seed) for world in study.WORLDS[1:] for arm in study.ROBUSTNESS for seed in study.FEWER}
-    assert set(runs) == expected
+    expected |= {(world, arm, seed) for world in study.WORLDS[1:3] for arm in study.ROBUSTNESS for seed in study.FEWER}
+    expected |= {("replication", arm, seed) for arm in study.REPLICATION for seed in study.NEW_SEEDS}
+    assert set(runs) == expected and not set(study.NEW_SEEDS) & set(study.SEEDS)
     blocks = [arms for _, arms, _ in study.plan()]
     assert blocks[: len(study.SEEDS)] == [tuple(study.PRIMARY)] * len(study.SEEDS)  # what matters most comes first
-    assert blocks[-len(study.SEEDS) :] == [tuple(study.EXPLORATORY)] * len(study.SEEDS)  # and what is not planned last
+    assert blocks[-2 * len(study.SEEDS) :] == [tuple(study.EXPLORATORY)] * len(study.SEEDS) + [study.REPLICATION] * 12
 
 
 def test_every_claim_is_about_runs_of_the_plan(study):
-    from report import EXPLORATORY, PRIMARY, SECONDARY
+    from report import FAMILIES
 
     runs = {(world, arm) for world, arms, _ in study.plan() for arm in arms}
-    claims = (*PRIMARY, *SECONDARY, *EXPLORATORY)
+    claims = [claim for family in FAMILIES for claim in family]
     for claim in claims:
         assert {(claim.world, claim.one), (claim.world, claim.other)} <= runs
     assert len({claim.words for claim in claims}) == len(claims)
-    text = study.PLAN.read_text()
-    assert (
-        f"Seeds {study.SEEDS[0]} to {study.SEEDS[-1]}" in text
-        and f"Seeds {study.FEWER[0]} to {study.FEWER[-1]}" in text
-    )
+    first, second = (plan.read_text() for plan in study.PLANS)
+    for seeds, text in ((study.SEEDS, first), (study.FEWER, first), (study.NEW_SEEDS, second)):
+        assert f"eeds {seeds[0]} to {seeds[-1]}" in text or f"seeds, {seeds[0]} to {seeds[-1]}" in text
 
 
 def test_worlds_differ_in_one_thing(study):
     standard = vars(DEMO)
     for world in study.WORLDS:
         changed = [name for name, value in vars(study.settings_of(world, DEMO)).items() if value != standard[name]]
-        assert changed == ([] if world == "standard" else ["options"])
+        assert changed == (["options"] if "noise" in world else [])
 
 
 @pytest.mark.slow
@@ -89,7 +87,7 @@ def test_runs_and_goes_on_where_it_stopped(study, tmp_path, capfd):
     assert corpora == study.read_records(tmp_path)["corpora"] and "standard-1" in corpora
     assert {path.name for path in (tmp_path / "taken" / "records").iterdir()} == records.keys()
     kept = json.loads((tmp_path / "results.json").read_text())
-    study.write_json(kept | {"plan_sha256": "0"}, tmp_path / "other.json")
+    study.write_json(kept | {"plans": {"plan.md": "0"}}, tmp_path / "other.json")
     with pytest.raises(ValueError, match="made by another plan"):
         study.take_records(tmp_path / "other.json", tmp_path / "taken")
     write_report(tmp_path)
@@ -127,11 +125,11 @@ def test_controls_have_what_they_should_of_bis10(study, tmp_path):
 
 
 def test_runs_of_another_plan_are_refused(study, tmp_path):
-    study.check_plan(tmp_path / "runs")
-    study.check_plan(tmp_path / "runs")
+    study.check_plans(tmp_path / "runs")
+    study.check_plans(tmp_path / "runs")
     (tmp_path / "runs" / "plan.md").write_text("another plan")
     with pytest.raises(ValueError, match="made by another plan"):
-        study.check_plan(tmp_path / "runs")
+        study.check_plans(tmp_path / "runs")
 
 
 @pytest.mark.slow
@@ -179,6 +177,27 @@ def test_answers_follow_differences_margins_and_holm(study):
     assert by_words["BIS-25% beats random-25%"][1:] == (None, "not run")
 
 
+def test_a_fixed_sequence_ends_with_the_first_that_is_not_shown(study):
+    from report import REPLICATION, Study, answers
+
+    noise = (0.0, 0.001, -0.001)
+
+    def words(**f1):
+        runs = [{"world": "replication", "arm": arm.replace("_", "-"), "seed": seed, "auc": 0.9,
+                 "macro_f1_step_weighted": f1[arm] + noise[seed] * (arm != "full")}
+                for arm in f1 for seed in range(3)]  # fmt: skip
+        for run in runs:
+            run["macro_f1_step_weighted"] += 0.0003 * run["seed"] * ("bis" in run["arm"])
+        found = answers(Study({"arms": [], "runs": runs}))
+        return [found[claim][2] for claim in REPLICATION]
+
+    levels = {"bis10_3_epochs": 0.9, "random10_3_epochs": 0.85, "bis10": 0.9, "random10": 0.85, "full": 0.9}
+    assert words(**levels) == ["yes"] * 4
+    assert words(**levels | {"random10": 0.9}) == ["yes", "yes", "not shown", "not shown"]
+    assert words(**levels | {"bis10_3_epochs": 0.8}) == ["the opposite"] + ["not shown"] * 3
+    assert words(**levels | {"full": 0.93}) == ["yes"] + ["not shown"] * 3
+
+
 @pytest.mark.skipif(not (FOLDER / "results.json").is_file(), reason="no kept run")
 def test_the_kept_report_is_that_of_the_kept_runs(study, tmp_path, capsys):
     from report import write_report
@@ -187,4 +206,6 @@ def test_the_kept_report_is_that_of_the_kept_runs(study, tmp_path, capsys):
     write_report(tmp_path)
     assert (tmp_path / "table.md").read_text() == (FOLDER / "table.md").read_text()
     kept = json.loads((FOLDER / "results.json").read_text())
-    assert kept["plan_sha256"] == hashlib.sha256((FOLDER / "plan.md").read_bytes()).hexdigest()
+    frozen = {"plan.md": "848b4e3c98bb", "replication.md": "71323ee3cc44"}  # committed before the first of their runs
+    assert {name: kept["plans"][name][:12] for name in kept["plans"]} == frozen
+    assert kept["plans"] == study.hashes()
