@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 demo: install
 	$(BIN)/trl-mprm demo $(if $(QUICK),--quick) $(if $(FULL),--full)
 
-# make study           the paper's study in miniature, about two and a half hours on two cores; stopped, it goes on when started again
+# make study           the paper's study in miniature, about four hours on two cores; stopped, it goes on when started again
 study: install
 	$(BIN)/python recipes/study/study.py
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 import shutil
 import tempfile
 import uuid
@@ -48,31 +49,38 @@ def write_json(value: object, path: str | os.PathLike) -> None:
 @contextmanager
 def work_folder(folder: Path, name: str) -> Iterator[Path]:
     """
-    Yield a hidden folder `.{name}.*.part` in `folder` for an output in the making, deleted at the end.
+    Yield a hidden folder `.{name}.{host}.*.part` in `folder` for an output in the making, deleted at the end.
 
-    It is locked while this process lives; an unlocked one was left by a killed run and is deleted here.
+    It is locked while this process lives; an unlocked one of this host was left by a killed run and is deleted here. Those
+    of other hosts stay: on network file systems a folder's lock is seen by its own host alone.
     """
-    for left in folder.glob(f".{name}.*.part"):
-        with (
-            suppress(OSError),
-            _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB),
-        ):  # in use, gone, or no locks here: leave it
-            shutil.rmtree(left)
+    name = f".{name}.{platform.node()}."
     with ExitStack() as stack:
-        while True:
-            made = Path(stack.enter_context(tempfile.TemporaryDirectory(".part", f".{name}.", folder)))
-            with suppress(OSError):
-                stack.enter_context(_locked(made, fcntl.LOCK_EX))
-            if made.exists():  # else another process took it for a left one before it was locked
-                break
-        yield made
+        with _opened(folder) as whole:
+            _lock(whole, fcntl.LOCK_EX)  # nobody else takes what is made here, and not locked yet, for left
+            for left in folder.glob(f"{name}*.part"):
+                with suppress(OSError), _opened(left) as handle:  # gone, or of another user
+                    if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                        shutil.rmtree(left)
+            made = stack.enter_context(tempfile.TemporaryDirectory(".part", name, folder))
+            _lock(stack.enter_context(_opened(Path(made))), fcntl.LOCK_EX)
+        yield Path(made)
 
 
 @contextmanager
-def _locked(folder: Path, how: int) -> Iterator[None]:
+def _opened(folder: Path) -> Iterator[int]:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, how)
-        yield
+        yield handle
     finally:
+        _lock(handle, fcntl.LOCK_UN)  # closing is not enough while a forked child has the handle too
         os.close(handle)
+
+
+def _lock(handle: int, how: int) -> bool:
+    """False: another has the lock, or the file system has no locks, where nothing is deleted either."""
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        return False
+    return True

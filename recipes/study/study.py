@@ -1,8 +1,9 @@
 """
 The paper's 10% study in miniature, by QLoRA: which subset of Monte-Carlo-annotated rollouts trains the best reward model?
 
-Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, at most three hours on two cores; a
-run that is stopped goes on where it was when the command is given again.
+Paper: arXiv 2602.04145v2, Figures 1 and 2, Tables 2, 4 and 5. Command: `make study`, on two cores about two and a half
+hours for the plan and one and a half for what came after it; a run that is stopped goes on where it was when the command
+is given again.
 
 `plan.md`, beside this file, says what is measured, on which seeds and by which criteria. The arms of `EXPLORATORY` were
 added when its answers were known; `replication.md` asks the same of new seeds. Both plans were frozen before the first of
@@ -340,7 +341,8 @@ def take_records(results: Path, output_dir: Path) -> dict[str, dict]:
         `ValueError`: the earlier run was made by another plan.
     """
     earlier = json.loads(results.read_text(encoding="utf-8"))
-    if not earlier["plans"].items() <= hashes().items():
+    plans = earlier.get("plans", {})
+    if not plans or not plans.items() <= hashes().items():
         raise ValueError(
             f"{results} was made by another plan than those beside study.py: its runs cannot go on from there"
         )

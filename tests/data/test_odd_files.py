@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import tempfile
+import threading
 
 import datasets
 import numpy as np
@@ -162,21 +163,24 @@ def test_what_a_killed_run_left_is_removed_and_what_is_in_use_is_not(tmp_path):
     assert not list(folder.glob("*.part")) and len(list(folder.glob("*.arrow"))) == 2
 
 
-def test_a_folder_that_another_takes_for_a_left_one_before_it_is_locked(tmp_path, monkeypatch):
-    file, folder = write_jsonl(tmp_path / "a.jsonl", ROW), tmp_path / "cache" / "trl_mprm"
-    mkdtemp, made = tempfile.mkdtemp, []
+def test_a_folder_that_is_made_and_not_locked_yet_is_not_taken_for_a_left_one(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "a.jsonl", ROW)
+    mkdtemp, made, read = tempfile.mkdtemp, [], []
+    other = threading.Thread(target=lambda: read.append(load_rollouts(file)))
 
     def made_while_another_starts(*args):
-        own = mkdtemp(*args)
-        made.append(own)
+        made.append(mkdtemp(*args))
         if len(made) == 1:
-            assert len(load_rollouts(file)) == 1
-            assert not os.path.exists(own)
-        return own
+            other.start()
+            other.join(0.5)
+            assert os.path.exists(made[0])
+        return made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", made_while_another_starts)
-    assert len(load_rollouts(file)) == 1
-    assert len(made) == 3 and not list(folder.glob("*.part"))
+    read.append(load_rollouts(file))
+    other.join()
+    assert [len(rows) for rows in read] == [1, 1] and len(made) == 2
+    assert not list((tmp_path / "cache" / "trl_mprm").glob("*.part"))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):

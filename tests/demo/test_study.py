@@ -178,24 +178,24 @@ def test_answers_follow_differences_margins_and_holm(study):
 
 
 def test_a_fixed_sequence_ends_with_the_first_that_is_not_shown(study):
-    from report import REPLICATION, Study, answers
+    from report import REPLICATION, REPLICATION_SEEDS, Study, answers
 
-    noise = (0.0, 0.001, -0.001)
+    assert len(study.NEW_SEEDS) == REPLICATION_SEEDS
 
-    def words(**f1):
+    def words(seeds=12, **f1):
         runs = [{"world": "replication", "arm": arm.replace("_", "-"), "seed": seed, "auc": 0.9,
-                 "macro_f1_step_weighted": f1[arm] + noise[seed] * (arm != "full")}
-                for arm in f1 for seed in range(3)]  # fmt: skip
-        for run in runs:
-            run["macro_f1_step_weighted"] += 0.0003 * run["seed"] * ("bis" in run["arm"])
+                 "macro_f1_step_weighted": value + 0.001 * (seed % 3) * ("bis" in arm)}
+                for arm, value in f1.items() for seed in range(seeds)]  # fmt: skip
         found = answers(Study({"arms": [], "runs": runs}))
+        assert [found[claim][1] for claim in REPLICATION] == sorted(found[claim][1] for claim in REPLICATION)
         return [found[claim][2] for claim in REPLICATION]
 
     levels = {"bis10_3_epochs": 0.9, "random10_3_epochs": 0.85, "bis10": 0.9, "random10": 0.85, "full": 0.9}
     assert words(**levels) == ["yes"] * 4
-    assert words(**levels | {"random10": 0.9}) == ["yes", "yes", "not shown", "not shown"]
+    assert words(**levels | {"random10": 0.901}) == ["yes", "yes", "not shown", "not shown"]
     assert words(**levels | {"bis10_3_epochs": 0.8}) == ["the opposite"] + ["not shown"] * 3
     assert words(**levels | {"full": 0.93}) == ["yes"] + ["not shown"] * 3
+    assert words(seeds=11, **levels) == ["not complete"] * 4
 
 
 @pytest.mark.skipif(not (FOLDER / "results.json").is_file(), reason="no kept run")

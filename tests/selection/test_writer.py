@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -57,16 +58,17 @@ def test_save_to_disk(corpus, tmp_path, capsys):
 
 
 def test_what_killed_runs_left_is_removed_and_what_others_use_is_not(corpus, tmp_path):
-    out = tmp_path / "out"
-    for name in ("dead", "empty", "alive"):  # empty: killed while it cleaned up
-        (out / f".select.{name}.part").mkdir(parents=True)
-    for name in ("dead", "alive"):
-        (out / f".select.{name}.part" / "0.kept").touch()
-    handle = os.open(out / ".select.alive.part", os.O_RDONLY)
+    host = platform.node()
+    left = [f".select.{name}.part" for name in (f"{host}.dead", f"{host}.empty", f"{host}.alive", "elsewhere.dead")]
+    for name in left:
+        (tmp_path / "out" / name).mkdir(parents=True)
+        if "empty" not in name:  # empty: killed while it cleaned up
+            (tmp_path / "out" / name / "0.kept").touch()
+    handle = os.open(tmp_path / "out" / left[2], os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    select_files(corpus, out / "kept.jsonl", fraction=0.5)
+    select_files(corpus, tmp_path / "out" / "kept.jsonl", fraction=0.5)
     os.close(handle)
-    assert [path.name for path in out.glob(".*")] == [".select.alive.part"]
+    assert {path.name for path in (tmp_path / "out").glob(".*")} == set(left[2:])
 
 
 def test_no_report_of_an_earlier_run_stands_beside_other_rows(corpus, tmp_path, monkeypatch):

@@ -202,11 +202,12 @@ def _write_arrow(rows: Iterable[dict]) -> tuple[Path, int]:
             raise OSError(
                 f"cannot keep the rows in {folder} ({error.strerror}): set HF_HOME to a folder that can be written"
             ) from error
-        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for chunk in chunks(rows, 1000):
-                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-                n_rows += len(chunk)
-        with open(part, "rb") as file:
+        with open(part, "xb+") as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                for chunk in chunks(rows, 1000):
+                    writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+                    n_rows += len(chunk)
+            file.seek(0)
             path = folder / f"{hashlib.file_digest(file, 'blake2b').hexdigest()[:32]}.arrow"
         part.replace(path)
     return path, n_rows
