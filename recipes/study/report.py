@@ -96,10 +96,10 @@ EXPLORATORY = (
 REPLICATION = tuple(
     Claim(words, f"bis10{epochs}", other, kind, "replication")
     for words, epochs, other, kind in (
-        ("new seeds, three epochs each: BIS-10% is better than a random 10%", "-3-epochs", "random10-3-epochs", ABOVE),
-        ("new seeds, BIS-10% for three epochs is as good as all rollouts", "-3-epochs", "full", EQUAL),
-        ("new seeds, one epoch: BIS-10% is better than a random 10%", "", "random10", ABOVE),
-        ("new seeds, one epoch: BIS-10% is as good as all rollouts", "", "full", EQUAL),
+        ("new seeds, three epochs: BIS-10% beats random-10%", "-3-epochs", "random10-3-epochs", ABOVE),
+        ("new seeds, three epochs: BIS-10% is as good as all", "-3-epochs", "full", EQUAL),
+        ("new seeds, one epoch: BIS-10% beats random-10%", "", "random10", ABOVE),
+        ("new seeds, one epoch: BIS-10% is as good as all", "", "full", EQUAL),
     )
 )
 REPLICATION_SEEDS = 12
@@ -286,6 +286,7 @@ def draw_primary(study: Study, path: Path) -> None:
     """F1 of the primary arms, and the differences that the primary questions and their replication are about."""
     arms = {"zero-shot": ("untrained\nbase", "base"), "random10": ("random\n10%", "random"), "bis10": ("BIS\n10%", "bis"),
             "full": ("all\nrollouts", "full"), "true-full": ("all, true\nlabels", "true")}  # fmt: skip
+    found = answers(study)
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
@@ -294,15 +295,15 @@ def draw_primary(study: Study, path: Path) -> None:
             dots(left, x, study.values(arm), SUBSETS[arms[arm][1]])
         left.set_xticks(range(len(shown)), [arms[arm][0] for arm in shown])
         left.set_xlim(-0.5, len(shown) - 0.1)
-        left.set(ylabel="F1 on the benchmark", title="One dot per seed; lines: mean, 95% interval")
+        left.set(ylabel="F1 on the benchmark", title="Seeds of the plan, one epoch: mean, 95% interval")
         right.axvspan(-MARGIN, MARGIN, color="C4", alpha=0.25, lw=0)
         right.axvline(0, color="C4", lw=1, marker="")
         claims = [claim for claim in (*REPLICATION[::-1], *PRIMARY[::-1]) if study.differences(claim)]
         for y, claim in enumerate(claims):
-            spread(right, y, study.differences(claim), "C0")
+            spread(right, y, study.differences(claim), "C0" if found[claim][2] == "yes" else "C4")
         right.set_yticks(range(len(claims)), [label(claim) for claim in claims], fontsize=8)
         right.set_ylim(-0.5, len(claims) - 0.3)
-        right.set(xlabel="points of F1 (grey: within 2 points)", title="Differences, seed by seed")
+        right.set(xlabel="points of F1 (band: within 2 points)", title="Differences by seed (grey: not shown)")
 
     save_light_and_dark(draw, path, size=(10, 3.8))
 

@@ -165,5 +165,5 @@ def test_memory_of_the_recipe_in_the_readme_is_counted():
     adapter = 16 * sum(layer.in_features + layer.out_features for layer in decoder) + text["hidden_size"]
     trained = adapter * 4 * 4  # float32: weight, gradient, two states of AdamW
     readme = (RECIPES.parent / "README.md").read_text()
-    words = "Memory by count: {:.1f} GB, of which weights {:.1f} and what is trained {:.1f}"
+    words = "Calculated memory: {:.1f} GB (weights {:.1f}, what is trained {:.1f})"
     assert words.format((weights + trained) / 1e9, weights / 1e9, trained / 1e9) in readme
