@@ -508,7 +508,10 @@ def test_refusals_of_an_earlier_run_are_removed(tmp_path):
         (lambda p: select_files(p / "raw", p / "raw" / "k.jsonl", fraction=0.5), "lies in the input folder"),
         (lambda p: select_files(p / "raw" / "AI2D.jsonl", p / "raw", fraction=0.5), "would be overwritten"),
         (lambda p: select_files(p / "raw", p / "full", fraction=0.5), "already holds other.jsonl"),
-        (lambda p: select_files(p / "raw", p / "full" / "other.jsonl" / "x", fraction=0.5), "other kind|Not a dir"),
+        (
+            lambda p: select_files(p / "raw", p / "full" / "other.jsonl" / "x", fraction=0.5),
+            "other.jsonl to be a folder, got a file",
+        ),
         (lambda p: select_files(p / "raw", p / "dir.jsonl", fraction=0.5), "other kind"),
         (lambda p: select_files(p / "raw", p / "plain", fraction=0.5), "other kind"),
         (lambda p: select_files(p / "raw", p / "new", fraction=2), "fraction must be above 0"),

@@ -92,6 +92,9 @@ class SelectionWriter:
             raise ValueError(
                 f"{output}: expected a folder, *.jsonl or *.parquet, and this is the other kind: rename it"
             )
+        for parent in output.absolute().parents:
+            if parent.is_file():
+                raise ValueError(f"{output}: expected {parent} to be a folder, got a file: give another output")
         if self.save_to_disk and output.is_dir() and any(output.iterdir()):
             _check_replaceable(output)
         used = {Path(shard.file).resolve() for shard in self.shards}
