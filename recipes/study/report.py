@@ -1,5 +1,5 @@
 """
-The report of the study: the answers to the questions of plan.md, every arm, and three pictures beside the paper's figures.
+The report of the study: the answers to the questions of both plans, every arm, and three pictures beside the paper's figures.
 
     python recipes/study/report.py runs/study      (study.py ends with it)
 
